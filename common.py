@@ -1,0 +1,941 @@
+"""What split_val.py, train.py and evaluate.py share: the image list, decoding and views, the device, the frozen
+network, the feature pass with its store on disk, checkpoints, scores and the handling of errors.
+
+torch is imported inside the functions that need it: it takes seconds, and `--help`, a typo or splitting a folder
+need none of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import hashlib
+import inspect
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+CLASSES = ("NORMAL", "PNEUMONIA")  # class 1, PNEUMONIA, is the positive one
+SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+SIZE = 224  # pixels, height and width of what the network sees
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in [0, 1]
+MAX_PIXELS = 50_000_000  # larger pictures are decompression bombs, not radiographs (those reach about 20 million)
+SPLIT_FILE = "split_val.json"  # in the data folder: what split_val.py moved, and every image's hash
+
+
+# ---------------------------------------------------------------- command line, errors, files
+
+
+class Failure(Exception):
+    """What the user can mend, printed as one line. status: 2 input, 3 not finite, 4 resources."""
+
+    def __init__(self, message, status=2):
+        super().__init__(message)
+        self.status = status
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, handled wherever Ctrl-C is."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one line for an error, and the default behind every help text."""
+
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=self.Formatter)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def at_least(kind, low):
+    """An argparse type: a finite `kind` (int or float) of `low` or more."""
+
+    def convert(text):
+        number = kind(text)
+        if not low <= number < float("inf"):
+            raise argparse.ArgumentTypeError(f"expected a number of at least {low}, found {text}")
+        return number
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+FLAGS = {
+    "--data-dir": dict(type=Path, default=Path("data/chestxrays"), metavar="DIR", help="folder of train/, val/, test/"),
+    "--checkpoint": dict(type=Path, default=Path("model.pth"), metavar="FILE", help="the trained network"),
+    "--results-dir": dict(type=Path, default=Path("results"), metavar="DIR", help="folder for tables and pictures"),
+    "--device": dict(default="auto", metavar="NAME", help="auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps"),
+    "--batch-size": dict(type=at_least(int, 1), default=32, metavar="N", help="images the network sees at a time"),
+    "--workers": dict(
+        type=at_least(int, -1),
+        default=-1,
+        metavar="N",
+        help="processes that decode images (0 = none, -1 = chosen by the number of images and cores)",
+    ),
+    "--cache-dir": dict(
+        type=Path, default=Path(".cache/features"), metavar="DIR", help="folder that keeps computed features"
+    ),
+    "--no-cache": dict(action="store_true", help="neither read nor keep computed features"),
+    "--skip-bad": dict(action="store_true", help="leave unreadable images out, and list them, instead of stopping"),
+    "--seed": dict(type=at_least(int, 0), default=0, metavar="N", help="seed of every random choice"),
+    "--debug": dict(action="store_true", help="show the traceback of an error"),
+}
+
+
+def add_flags(parser, *names):
+    """Adds the flags that mean the same in every script."""
+    for name in (*names, "--debug"):
+        parser.add_argument(name, **FLAGS[name])
+
+
+def warn(message):
+    if rank_and_world()[0] == 0:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def stopped_once():
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt once: the orderly end that follows is not to be cut short again."""
+
+    def stop(number, _):
+        for each in before:
+            signal.signal(each, lambda *_: None)  # not SIG_IGN: Python complains where a signal is pending already
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    with contextlib.suppress(ValueError):  # only the main thread may set a handler
+        for each in before:
+            signal.signal(each, stop)
+    yield
+    for each, handler in before.items():
+        if signal.getsignal(each) is stop:
+            signal.signal(each, handler)
+
+
+def run(command, args):
+    """Calls command(args) and returns the exit status; an error is one line on stderr (--debug: and a traceback)."""
+    if rank_and_world()[0]:
+        sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
+    written.clear()
+    with stopped_once():
+        try:
+            return command(args) or 0
+        except (Exception, KeyboardInterrupt) as error:
+            status, message = describe_error(error, args)
+            if message is None:
+                raise
+            if args.debug:
+                traceback.print_exc()
+            print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+            return status
+
+
+def describe_error(error, args):
+    """(exit status, one line) of an error; (None, None) for a bug, which deserves its traceback."""
+    text = " ".join(str(error).split())
+    if isinstance(error, Failure):
+        return error.status, text
+    if isinstance(error, KeyboardInterrupt):
+        kept = f"written before: {', '.join(written)}" if written else "every file is as it was"
+        return (143 if isinstance(error, Terminated) else 130), text or f"interrupted; {kept}"
+    if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
+        batch = getattr(args, "batch_size", None)
+        return 4, f"memory is full: lower --batch-size (now {batch}), or use --device cpu ({text[:120]})"
+    if "DataLoader" in text:
+        return 4, f"a process that decodes images died or hung: try --workers 0 ({text[:120]})"
+    if isinstance(error, OSError):
+        where = error.filename or "a file"
+        full = error.errno in FULL
+        return (4 if full or error.errno == errno.EIO else 2), f"{where}: {error.strerror or text}" + (
+            "; free some space, or write elsewhere with --checkpoint, --results-dir, --cache-dir" if full else ""
+        )
+    return None, None
+
+
+written = []  # paths of the files that this run has replaced so far
+
+
+@contextlib.contextmanager
+def replacing(path, mode="wb"):
+    """A new file that takes the place of `path` when it is whole and on disk; after an error path is as it was.
+
+    Where `path` is a link, the file that it points to is replaced; a device or a folder is a Failure.
+    """
+    path = Path(path).resolve() if Path(path).is_symlink() else Path(path)
+    if path.exists() and not path.is_file():
+        raise Failure(f"{path}: expected a file to write, found a folder or a device")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for old in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
+        with contextlib.suppress(OSError, ValueError):
+            try:
+                os.kill(int(old.name.split(".")[-2]), 0)
+            except ProcessLookupError:
+                old.unlink()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode, **({} if "b" in mode else {"newline": "", "encoding": "utf-8"})) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        written.append(str(path))
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name, too, survives a power cut
+        finally:
+            os.close(folder)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def checksum(content):
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def write_json(path, content):
+    """Writes a dict as JSON, with a checksum: a digit that changes on the disk leaves JSON that looks right."""
+    with replacing(path, "w") as file:
+        json.dump({"checksum": checksum(content)} | content, file, indent=1, allow_nan=False)
+        file.write("\n")
+
+
+def read_json(path, keys):
+    """The JSON object at path (None where there is no file), its checksum checked and taken out, where it has one.
+
+    keys: {name: type} that it must have.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if content.pop("checksum", None) not in (None, checksum(content)):
+            raise ValueError("its checksum differs")
+        for key, kind in keys.items():
+            if not isinstance(content[key], kind):
+                raise ValueError(f"{key} is no {kind.__name__}")
+        return content
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise Failure(f"{path}: not the file that this project writes ({error!r:.80}); delete or restore it") from None
+
+
+# ---------------------------------------------------------------- images
+
+
+class Image(NamedTuple):
+    path: Path
+    label: int  # index into CLASSES
+    digest: str  # SHA-256 of the file in hex; "" where it cannot be read
+
+
+def list_images(folder):
+    """Paths of the image files directly inside `folder`, sorted by name; hidden files do not count."""
+    entries = os.scandir(folder)
+    names = sorted(entry.name for entry in entries if entry.is_file() or (entry.is_symlink() and not entry.is_dir()))
+    return [Path(folder, name) for name in names if name[0] != "." and Path(name).suffix.lower() in SUFFIXES]
+
+
+def list_split(data_dir, split):
+    """[(path, label)] of data_dir/split, by class and name. Anything but the two class folders is a Failure."""
+    root = Path(data_dir, split)
+    if not root.is_dir():
+        hint = "run split_val.py first" if split == "val" else "see --data-dir"
+        raise Failure(f"{root}: no such folder, expected {root}/{CLASSES[0]} and {root}/{CLASSES[1]} ({hint})")
+    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    for name in folders:
+        if name not in CLASSES:
+            raise Failure(
+                f"{root / name}: expected only the folders {' and '.join(CLASSES)}, spelled so; rename or move it"
+            )
+    images = []
+    for label, name in enumerate(CLASSES):
+        folder = root / name
+        if name not in folders:
+            raise Failure(f"{folder}: no such folder, expected the {name} images of {split} in it")
+        if root.is_symlink() or folder.is_symlink():
+            raise Failure(f"{folder}: expected a folder, found a link; link the whole data folder instead (--data-dir)")
+        paths = list_images(folder)
+        if not paths:
+            other = sorted({entry.suffix or entry.name for entry in folder.iterdir() if entry.name[0] != "."})
+            found = f"only {', '.join(other[:5])}" if other else "an empty folder"
+            raise Failure(f"{folder}: expected images ({' '.join(sorted(SUFFIXES))}), found {found}")
+        images += [(path, label) for path in paths]
+    return images
+
+
+def hash_file(path):
+    """SHA-256 of a file's content in hex, "" where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            digest = hashlib.sha256()
+            while block := file.read(1 << 20):
+                digest.update(block)
+            return digest.hexdigest()
+    except OSError:
+        return ""
+
+
+def read_split(data_dir, *splits):
+    """{split: [Image]}, checked: no image of two classes or two splits, none changed since split_val.py hashed it."""
+    listed = [(split, path, label) for split in splits for path, label in list_split(data_dir, split)]
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(hash_file, [path for _, path, _ in listed]))
+    record = read_json(Path(data_dir, SPLIT_FILE), {"sha256": dict}) or {"sha256": {}}
+    if record.get("state", "done") != "done":
+        raise Failure(f"{data_dir}: a split was interrupted; run split_val.py again, which completes it")
+    found, seen = {split: [] for split in splits}, {}
+    for file, digest in record["sha256"].items():  # of the splits that are not read here, too
+        if Path(file).parts[0] not in splits and Path(data_dir, file).exists():
+            seen[digest] = Path(data_dir, file)
+    for (split, path, label), digest in zip(listed, digests, strict=True):
+        if digest and record["sha256"].get(path.relative_to(data_dir).as_posix(), digest) != digest:
+            raise Failure(
+                f"{path}: its content changed since {SPLIT_FILE} recorded it; restore it, or split_val.py --undo"
+            )
+        twin = seen.setdefault(digest, path)
+        # the same damage, an empty file say, is no twin: the pass will report it
+        if digest and twin.parent != path.parent and not isinstance(Views([(path, digest, [0])])[0][1], str):
+            raise Failure(f"{path}: the same image as {twin}; remove one of them")
+        found[split].append(Image(path, label, digest))
+    return found
+
+
+PATIENT = re.compile(r"(person\d+)_(bacteria|virus)_\d+|((?:NORMAL2-)?IM-\d+)-\d+")
+
+
+def patient_of(name, cautious=False):
+    """The patient that an image's name tells, None where it tells none.
+
+    In personN_bacteria_M.jpeg N counts the patients of one etiology, so the patient is (N, etiology); the cautious
+    key is N alone: it can only merge two patients, never separate one.
+    """
+    match = PATIENT.match(name)
+    if not match:
+        return None
+    person, etiology, study = match.groups()
+    return study or (person if cautious else f"{person}_{etiology}")
+
+
+def load_image(path) -> PIL.Image.Image:
+    """The image at `path`, upright, 8 bit, of at least SIZE x SIZE pixels wherever the file has them.
+
+    Mode L for grey files, else RGB: make_view is 1.7 times as fast on one channel, with the same result.
+    A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size (libjpeg's scaled DCT), never below what the resize needs.
+    16-bit and float greyscale is windowed by its own minimum and maximum. Alpha is dropped.
+    Raises OSError or ValueError with the reason, without the path.
+    """
+    import numpy as np
+    from PIL import Image as Pillow
+    from PIL import ImageOps
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd metadata; damaged pixels raise, and MAX_PIXELS stops the bombs
+        with Pillow.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
+            if max(image.size) > 20 * min(image.size):  # the resize would make it huge
+                raise ValueError(f"{image.width}x{image.height} pixels, no radiograph's shape")
+            image.draft(None, (SIZE, SIZE))
+            ImageOps.exif_transpose(image, in_place=True)
+            image.load()
+            if image.mode[0] in "IF":
+                pixels = np.array(image, dtype=np.float32)
+                low, high = pixels.min(), pixels.max()
+                if not np.isfinite(high - low):
+                    raise ValueError("pixels that are not finite")
+                pixels -= low  # in place: such files are large
+                pixels *= 255 / max(high - low, 1e-6)
+                return Pillow.fromarray(pixels.round(out=pixels).astype(np.uint8))
+            if image.mode == "1":
+                raise ValueError("a picture of two colours, expected grey levels")
+            return image if image.mode in ("L", "RGB") else image.convert("RGB")
+
+
+def make_view(image, number, digest):
+    """View `number` of an image, RGB, SIZE x SIZE. Edit this function for other augmentation.
+
+    0 is the image, 1 its mirror image; from 2 on a small change of pose and exposure, mirrored half of the time,
+    drawn from the image's SHA-256 `digest` and the number: the same on every run, machine and in any order.
+    """
+    import torchvision.transforms.functional as F
+
+    image = F.center_crop(F.resize(image, SIZE), SIZE)
+    if number < 2:
+        return (F.hflip(image) if number else image).convert("RGB")
+    draw = hashlib.sha256(f"{digest} {number}".encode()).digest()
+    u = [int.from_bytes(draw[4 * i : 4 * i + 4], "big") / 2**31 - 1 for i in range(7)]  # uniform in [-1, 1)
+    shift = [round(0.05 * SIZE * u[1]), round(0.05 * SIZE * u[2])]
+    image = F.adjust_contrast(F.adjust_brightness(image, 1 + 0.2 * u[4]), 1 + 0.35 * u[5])
+    image = F.affine(image, 10 * u[0], shift, 1 + 0.1 * u[3], 0.0, F.InterpolationMode.BILINEAR)
+    return (F.hflip(image) if u[6] < 0 else image).convert("RGB")
+
+
+def explain_unreadable(path, error):
+    """Why an image could not be read, in a few words."""
+    try:
+        if Path(path).stat().st_size == 0:
+            return "the file is empty"
+        with open(path, "rb") as file:
+            start = file.read(64).lstrip()
+    except OSError as failed:
+        return failed.strerror or str(failed)
+    if start.startswith(b"version https://git-lfs"):
+        return "a git-LFS pointer, not the image (git lfs pull)"
+    if start[:5].lower() in (b"<!doc", b"<html"):
+        return "a web page, not an image"
+    if "cannot identify" in str(error):
+        return "no image, or of an unknown format"
+    return " ".join(str(error).split())[:150] or type(error).__name__
+
+
+# ---------------------------------------------------------------- device and network
+
+
+def pick_device(name):
+    """(torch.device, dtype of the feature pass) for --device, printed. An absent device is a Failure."""
+    import torch
+
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "mps" if mps else "cpu"
+    if name == "cuda":
+        name += f":{os.environ.get('LOCAL_RANK', 0)}"  # torchrun: a GPU for each process
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise Failure(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
+    count = torch.cuda.device_count() if cuda else int(mps and name == "mps")
+    if name != "cpu" and int(name.partition(":")[2] or 0) >= (count if name != "mps" else int(mps)):
+        raise Failure(f"--device {name}: no such device here ({count} found); use --device auto or cpu")
+    device, dtype = torch.device(name), torch.float32
+    if device.type == "cuda":
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    elif device.type == "cpu":
+        native = torch.cpu.get_capabilities()
+        dtype = torch.bfloat16 if any(native.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16")) else torch.float32
+    print(f"Device: {name} ({str(dtype).removeprefix('torch.')})")
+    return device, dtype
+
+
+def new_network(arch, device):
+    """torchvision's classifier `arch` without its last Linear, and that Linear's (name, width)."""
+    import difflib
+
+    import torch
+    from torch import nn
+    from torchvision.models import get_model, list_models
+
+    try:
+        with torch.device(device), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            network = get_model(arch, weights=None)
+    except ValueError:
+        close = difflib.get_close_matches(arch, list_models(), 3) or ["resnet50", "densenet121", "efficientnet_b0"]
+        raise Failure(f"--arch {arch}: torchvision has no such classifier; perhaps {', '.join(close)}?") from None
+    name, last = [(name, module) for name, module in network.named_modules() if not any(module.children())][-1]
+    if not isinstance(last, nn.Linear):
+        raise Failure(f"--arch {arch}: expected a classifier that ends in a Linear, found {type(last).__name__}")
+    network.set_submodule(name, nn.Identity())
+    return network, name, last.in_features
+
+
+def build_network(arch, state=None, source=None):
+    """The frozen network: (network from images to features, name of its last Linear, width, that Linear's tensors).
+
+    state: {name: tensor} of the whole network, read from `source`; None draws random weights from a seed of their
+    own. Frozen means, here and only here: no gradients, and eval mode, so that BatchNorm neither uses nor updates
+    batch statistics. The one trainable layer is not part of it.
+    """
+    import torch
+
+    if state is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network, head, width = new_network(arch, "cpu")
+        tensors = {}
+    else:
+        network, head, width = new_network(arch, "meta")  # no time is spent on drawing weights
+        tensors = {key: state[key] for key in (f"{head}.weight", f"{head}.bias") if key in state}
+        body = {key: state[key] for key in state if key not in tensors}
+        try:
+            network.load_state_dict(body, assign=True)
+        except (RuntimeError, NotImplementedError) as error:
+            reason = " ".join(str(error).split("\n\t", 1)[-1].split())
+            raise Failure(f"{source}: not the weights of a {arch}: {reason:.160}") from None
+    network.float().eval().requires_grad_(False)
+    return network, head, width, tensors
+
+
+def read_state(path):
+    """The state dict in a checkpoint file: {name: tensor}. Data, never code; a damaged or absurd file is a Failure."""
+    import zipfile
+
+    import torch
+
+    path = Path(path)
+    if not path.is_file():
+        raise Failure(f"{path}: no such file, expected a checkpoint")
+    try:
+        size = path.stat().st_size
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if sum(part.file_size for part in archive.infolist()) > size:
+                    raise Failure(f"{path}: a bomb, it unpacks to more than its own size")
+                if broken := archive.testzip():  # torch.load itself does not check the CRCs
+                    raise Failure(f"{path}: not a readable checkpoint, {broken} is damaged")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = torch.load(path, "cpu", weights_only=True)
+        state = {key: value.detach() for key, value in state.items()}
+        for key, value in state.items():
+            if value.numel() * value.element_size() > size:
+                raise Failure(f"{path}: {key} is larger than the file")
+            negative = key.endswith("running_var") and value.min() < 0
+            if negative or value.is_complex() or not value.isfinite().all():
+                raise Failure(f"{path}: {key} has impossible values (complex, not finite, or a negative variance)")
+    except Exception as error:  # the unpickler raises whatever the bytes make it stumble over
+        if isinstance(error, MemoryError | Failure):
+            raise
+        # not torch's own text: that recommends to run the code in the file
+        reason = f"{type(error).__name__}: it is damaged, or holds more than tensors"
+        raise Failure(f"{path}: not a readable checkpoint, expected a state dict ({reason})") from error
+    # torchvision's oldest DenseNet files name norm1 "norm.1"; its own loader renames them likewise
+    return {re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", key): value for key, value in state.items()}
+
+
+# ---------------------------------------------------------------- features
+
+
+def hash_network(network):
+    """SHA-256 over every parameter and buffer of `network`, in hex."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.contiguous().reshape(-1).numpy().data)
+    return digest.hexdigest()
+
+
+class FeatureStore:
+    """Features on disk, by image content and view: files of fixed-size records, each with its CRC.
+
+    A process appends to a file of its own and never changes what is written, so that any number of processes, on
+    several machines too, fill one folder, and a kill loses at most the record being written. The folder's name holds
+    what else a feature depends on: the weights, the preprocessing and the precision.
+    """
+
+    def __init__(self, cache_dir, network, width, dtype):
+        import numpy as np
+        import PIL
+
+        self.record = np.dtype([("key", "V36"), ("vector", "<f4", (width,)), ("crc", "<u4")])
+        code = "".join(map(inspect.getsource, (load_image, make_view))) + f"{SIZE} {MEAN} {STD} {PIL.__version__}"
+        depends_on = f"{hash_network(network)} {code} {dtype}"
+        self.folder = Path(cache_dir, hashlib.sha256(depends_on.encode()).hexdigest()[:24])
+        self.file = None
+
+    @staticmethod
+    def key(digest, view):
+        return bytes.fromhex(digest) + view.to_bytes(4, "little")
+
+    def load(self, wanted, features):
+        """Fills features[row, view] for each {key: [(row, view)]} found, taking it out of `wanted`."""
+        import numpy as np
+        import torch
+
+        damaged, size = 0, self.record.itemsize
+        for path in sorted(self.folder.glob("*.features")):
+            with open(path, "rb") as file:
+                while len(block := file.read(256 * size)) >= size:
+                    whole = len(block) // size  # the last record may still be in writing
+                    records = np.frombuffer(block, self.record, whole)
+                    for i, (key, crc) in enumerate(zip(records["key"], records["crc"], strict=True)):
+                        if zlib.crc32(memoryview(block)[i * size : (i + 1) * size - 4]) != crc:
+                            damaged += 1
+                        else:
+                            for row, view in wanted.pop(key.tobytes(), ()):
+                                features[row, view] = torch.from_numpy(records["vector"][i].copy())
+        if damaged and wanted:
+            warn(f"{self.folder}: {damaged} damaged records, computed again")
+
+    def append(self, keys, vectors):
+        import numpy as np
+
+        if self.file is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.folder / f"{os.uname().nodename}-{os.getpid()}-{time.time_ns()}.features", "ab", 0)
+        records = np.empty(len(keys), self.record)
+        records["key"] = np.array([np.void(key) for key in keys])
+        records["vector"] = vectors.numpy()
+        for i in range(len(keys)):
+            records["crc"][i] = zlib.crc32(records[i : i + 1].tobytes()[:-4])
+        try:
+            self.file.write(records.tobytes())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.folder)) from None
+
+    def close(self):
+        if self.file:
+            self.file.close()
+
+
+class Views:
+    """Dataset of (job's index, uint8 array (views, SIZE, SIZE, 3)), or (index, reason) where an image is unreadable.
+
+    A job is (path, digest, view numbers): an image is read and decoded once for all its views. Arrays, not tensors:
+    tensors would travel through shared memory, of which containers have little.
+    """
+
+    def __init__(self, jobs):
+        self.jobs = jobs
+
+    def __len__(self):
+        return len(self.jobs)
+
+    def __getitem__(self, index):
+        import numpy as np
+
+        path, digest, numbers = self.jobs[index]
+        try:
+            image = load_image(path)
+            return index, np.stack([np.asarray(make_view(image, number, digest)) for number in numbers])
+        except Exception as error:  # damaged files make decoders raise nearly anything
+            if isinstance(error, MemoryError):
+                raise
+            return index, explain_unreadable(path, error)
+
+
+COMPILE_FROM = 10_000  # images; torch.compile's 20 to 40 s of set-up on a CPU save a fifth of the pass
+
+
+def fast_copy(network, device, dtype, size, count):
+    """A copy of the network for a pass of `count` images in batches of `size`.
+
+    BatchNorm is folded into the convolutions, the memory format is channels_last, the precision dtype; on a CPU a
+    long pass is compiled, where a C++ compiler is found.
+    """
+    import copy
+
+    import torch
+    from torch.fx.experimental.optimization import fuse
+
+    try:
+        network = fuse(network)
+    except Exception:  # fx cannot trace every network; the others keep their BatchNorm, with the same result
+        network = copy.deepcopy(network)
+    network = network.to(device, dtype, memory_format=torch.channels_last)
+    if device.type != "cpu" or count < COMPILE_FROM:
+        return network
+    try:
+        print("Compiling the network for the long pass", flush=True)
+        compiled = torch.compile(network, dynamic=False, options={"freezing": True})
+        compiled(torch.zeros(size, 3, SIZE, SIZE, dtype=dtype).to(memory_format=torch.channels_last))
+        return compiled
+    except Exception as error:  # no C++ compiler, or a network that cannot be compiled: only slower
+        warn(f"the network could not be compiled ({type(error).__name__}), the pass takes a little longer")
+        return network
+
+
+def forward_views(network, loader, size, device, dtype, unreadable):
+    """Yields ([(job's index, position of the view in it)], float32 (n, width) on the CPU), batch by batch.
+
+    Every batch has `size` images, the last one filled up with black ones: a vector then does not depend on how many
+    others came with it. On CUDA a batch is fetched when the next one has been started, so the device never waits.
+    unreadable: a dict that receives {job's index: reason}.
+    """
+    import torch
+
+    mean = torch.tensor(MEAN, device=device).view(3, 1, 1) * 255
+    std = torch.tensor(STD, device=device).view(3, 1, 1) * 255
+    images, places, running = [], [], []
+
+    def forward(images):
+        batch = torch.cat(images)
+        batch = torch.cat([batch, batch.new_zeros(size - len(batch), *batch.shape[1:])])
+        batch = ((batch.float() - mean) / std).to(dtype, memory_format=torch.channels_last)
+        return network(batch)
+
+    def fetch():
+        where, vectors = running.pop(0)
+        return where, vectors.float().cpu()[: len(where)]
+
+    for index, pixels in loader:
+        if isinstance(pixels, str):
+            unreadable[index] = pixels
+            continue
+        pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        pixels = pixels.pin_memory() if device.type == "cuda" else pixels
+        images += pixels.to(device, non_blocking=True).unsqueeze(1)
+        places += [(index, i) for i in range(len(pixels))]
+        while len(places) >= size:
+            running.append((places[:size], forward(images[:size])))
+            images, places = images[size:], places[size:]
+            if len(running) > (device.type == "cuda"):
+                yield fetch()
+    if places:
+        running.append((places, forward(images)))
+    while running:
+        yield fetch()
+
+
+def extract_features(network, width, images, views, args, device, dtype):
+    """Features of the first views[i] views of images[i], read from the store or computed and kept there.
+
+    Returns (features float32 (N, max(views), width) on the CPU, undefined beyond views[i]; {row: reason} of the
+    unreadable images). The one pass that serves training, validation, test and new images. Under torchrun each rank
+    computes a share into the store, and rank 0 goes on with all of them while the others end.
+    """
+    import torch
+
+    features = torch.zeros(len(images), max(views), width)
+    wanted, paths, reasons = {}, {}, {}  # by content: the same image twice is computed once
+    for row, (image, count) in enumerate(zip(images, views, strict=True)):
+        if not image.digest:
+            reasons[image.digest] = "the file cannot be opened"
+            continue
+        paths[image.digest] = image.path
+        for view in range(count):
+            wanted.setdefault(FeatureStore.key(image.digest, view), []).append((row, view))
+    store = None if args.no_cache else FeatureStore(args.cache_dir, network, width, dtype)
+    total = len(wanted)
+    if store:
+        store.load(wanted, features)
+    if wanted:
+        if store:
+            require_space(store.folder, len(wanted) * store.record.itemsize, "--cache-dir, or compute with --no-cache")
+        print(
+            f"Features: {total - len(wanted)} of {total} are in {args.cache_dir}" if store else "Features:", flush=True
+        )
+        reasons |= compute_features(network, wanted, paths, features, store, args, device, dtype)
+    if distributed := rank_and_world()[1] > 1:
+        reasons = share_reasons(store, reasons)
+        store.load(wanted, features)
+    bad = {row: reasons[image.digest] for row, image in enumerate(images) if image.digest in reasons}
+    lost = [images[row] for rows in wanted.values() for row, _ in rows if row not in bad]
+    if distributed and lost:
+        raise Failure(f"{args.cache_dir}: expected the features of all ranks, {len(lost)} are missing; run it again")
+    return features, bad
+
+
+def compute_features(network, wanted, paths, features, store, args, device, dtype):
+    """Computes this process's share of the `wanted` features into `features` and the store, taking it out of `wanted`.
+
+    Returns {digest: reason} of the images that cannot be read.
+    """
+    import torch
+    from torch.utils.data import DataLoader
+    from tqdm import tqdm
+
+    numbers = {}
+    for key in wanted:
+        numbers.setdefault(key[:32].hex(), []).append(int.from_bytes(key[32:], "little"))
+    rank, world = rank_and_world()
+    jobs = [(paths[digest], digest, views) for digest, views in numbers.items()][rank::world]
+    loader = DataLoader(Views(jobs), **loader_settings(args.workers, len(jobs)))
+    size = min(args.batch_size, 16) if device.type == "cpu" else args.batch_size  # 16: the fastest on the CPUs measured
+    unreadable, start, count = {}, time.perf_counter(), sum(len(views) for _, _, views in jobs)
+    with torch.inference_mode(), tqdm(total=count, unit="img", disable=True if rank else None) as bar:
+        network = fast_copy(network, device, dtype, size, count)
+        for where, vectors in forward_views(network, loader, size, device, dtype, unreadable):
+            if not vectors.isfinite().all():
+                raise Failure(f"the network's output is not finite in {dtype}; use --device cpu", 3)
+            keys = [FeatureStore.key(jobs[index][1], jobs[index][2][i]) for index, i in where]
+            if store:
+                store.append(keys, vectors)
+            for key, vector in zip(keys, vectors, strict=True):
+                for row, view in wanted.pop(key):
+                    features[row, view] = vector
+            bar.update(len(keys))
+    seconds = time.perf_counter() - start
+    print(f"Features: {count} computed in {seconds:.1f} s, {count / seconds:.0f} images/s", flush=True)
+    return {jobs[index][1]: reason for index, reason in unreadable.items()}
+
+
+def rank_and_world():
+    """(this process's rank, number of processes), as torchrun sets them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def share_reasons(store, reasons):
+    """Waits for every rank's share of the pass; returns all ranks' {digest: reason} to rank 0 and ends the others."""
+    import datetime
+
+    import torch.distributed as dist
+
+    if store is None:
+        raise Failure("--no-cache: torchrun's processes share their features through --cache-dir; leave --no-cache out")
+    store.close()  # a network file system shows others a file that is closed
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how torchrun ends the others when one died: no handler runs below
+    try:
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))  # one rank may have much more to do
+        shares = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, reasons)
+        dist.destroy_process_group()
+    except RuntimeError as error:
+        raise Failure(
+            f"a process that computes features died ({error}); what it computed is kept, run it again", 4
+        ) from None
+    if rank_and_world()[0]:
+        raise SystemExit(0)
+    return {digest: reason for share in shares for digest, reason in share.items()}
+
+
+def loader_settings(workers, jobs):
+    """DataLoader's arguments. Few images are decoded sooner than processes start."""
+    if workers < 0:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = min(8, cores) if jobs >= 200 else 0
+    settings = {"batch_size": None, "collate_fn": as_is, "num_workers": workers, "worker_init_fn": leave_signals}
+    return settings | ({"timeout": 100, "prefetch_factor": 4} if workers else {})
+
+
+def as_is(item):
+    return item
+
+
+def leave_signals(_):
+    """In a decoding process: Ctrl-C and SIGTERM are the main process's to answer, and it ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def require_space(folder, size, alternative):
+    """A Failure unless `size` bytes are free where `folder` is, or will be."""
+    folder = Path(folder).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if (free := shutil.disk_usage(folder).free) < size:
+        raise Failure(f"{folder}: {size:,} bytes needed, {free:,} free; free some, or use {alternative}", 4)
+
+
+def require_writable(*paths):
+    """A Failure unless files can be written at `paths`; makes their folders."""
+    for path in paths:
+        if path.exists() and not path.is_file():
+            raise Failure(f"{path}: expected a file to write, found a folder or a device")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+
+
+def without_bad(images, bad, skip):
+    """The rows to keep, after every unreadable image has been named; without `skip` any one is a Failure."""
+    lines = [f"{images[row].path}: {reason}" for row, reason in sorted(bad.items())]
+    if lines and not skip:
+        for line in lines[1:]:
+            print(line, file=sys.stderr)
+        more = f" (and {len(lines) - 1} more, above)" if lines[1:] else ""
+        raise Failure(f"{lines[0]}{more}; repair or remove unreadable images, or leave them out with --skip-bad")
+    for line in lines:
+        warn(f"left out: {line}")
+    return [row for row in range(len(images)) if row not in bad]
+
+
+# ---------------------------------------------------------------- scores
+
+
+def score(probs, labels, threshold):
+    """{name: float, or None where a denominator is 0} of probs float (N,), P(PNEUMONIA), against labels int (N,).
+
+    An image counts as PNEUMONIA above the threshold, not at it. Brier: mean squared error of the probability;
+    ece: expected calibration error, 15 bins of equal width (Guo et al. 2017).
+    """
+    import torchmetrics.functional.classification as tm
+
+    n_positive = int((probs > threshold).sum())
+    values = {
+        "accuracy": tm.binary_accuracy(probs, labels, threshold),
+        "f1": tm.binary_f1_score(probs, labels, threshold),
+        "auroc": tm.binary_auroc(probs, labels),
+        "average_precision": tm.binary_average_precision(probs, labels),
+        "sensitivity": tm.binary_recall(probs, labels, threshold),
+        "specificity": tm.binary_specificity(probs, labels, threshold),
+        "ppv": tm.binary_precision(probs, labels, threshold) if n_positive else None,
+        "npv": tm.binary_negative_predictive_value(probs, labels, threshold) if n_positive < len(probs) else None,
+        "brier": (probs - labels).square().mean(),
+        "ece": tm.binary_calibration_error(probs, labels, n_bins=15),
+    }
+    return {name: None if value is None else float(value) for name, value in values.items()}
+
+
+# ---------------------------------------------------------------- one-number rules
+
+
+def image_numbers(path):
+    """{name: float} of what a rule without any network could go by; raises what load_image raises.
+
+    file size: bytes; width, height: pixels of the file; mode: bits a pixel (8 grey, 24 RGB); JPEG quality: 1 to 100 as
+    libjpeg counts, from the quantisation table (exact from 20 to 99), 0 for other formats. Of the grey levels, 0 to
+    255: mean, (standard) deviation, and sharpness, the mean absolute difference of vertical neighbours.
+    """
+    import numpy as np
+    from PIL import Image as Pillow
+    from PIL import ImageMode
+
+    with Pillow.open(path) as image:
+        (width, height), mode = image.size, ImageMode.getmode(image.mode)
+        tables = getattr(image, "quantization", None)
+    quality = 0
+    if tables:
+        scale = 100 * sum(tables[min(tables)]) / 3685  # 3685: the sum of libjpeg's luminance table at quality 50
+        quality = min(100, max(1, round(100 - scale / 2 if scale <= 100 else 5000 / scale)))
+    grey = np.asarray(load_image(path).convert("L"), dtype=np.float32)
+    return {
+        "file size": float(os.path.getsize(path)),
+        "width": float(width),
+        "height": float(height),
+        "mode": 8.0 * int(mode.typestr[-1]) * len(mode.bands),
+        "JPEG quality": float(quality),
+        "mean": float(grey.mean()),
+        "deviation": float(grey.std()),
+        "sharpness": float(np.abs(np.diff(grey, axis=0)).mean()) if len(grey) > 1 else 0.0,
+    }
+
+
+def fit_rule(values, labels):
+    """(cut, sign): the threshold and direction with the best accuracy on values float (N,), labels 0/1 (N,).
+
+    See apply_rule. The cut lies midway between neighbouring values, or 1 below all of them; of equally accurate rules
+    the one with the lowest cut and, there, sign +1.
+    """
+    import numpy as np
+
+    values, labels = np.asarray(values, dtype=np.float64), np.asarray(labels)
+    order = np.argsort(values, kind="stable")
+    ordered, positive = values[order], np.cumsum(labels[order] == 1)
+    last = np.flatnonzero(np.append(np.diff(ordered) > 0, True))[:-1]  # the last of each run of equal values
+    below = np.append(0, last + 1)  # the number of values at or below each cut
+    positive_below = np.append(0, positive[last])
+    right = (below - positive_below) + (positive[-1] - positive_below)  # images that sign +1 gets right
+    cuts = np.append(ordered[0] - 1, ordered[last] + (ordered[last + 1] - ordered[last]) / 2)
+    best = int(np.argmax(np.maximum(right, len(values) - right)))
+    return float(cuts[best]), 1 if 2 * right[best] >= len(values) else -1
+
+
+def apply_rule(rule, values):
+    """bool (N,), True for PNEUMONIA: values float (N,) above the cut where sign is +1, at or below it where -1."""
+    import numpy as np
+
+    cut, sign = rule
+    return (np.asarray(values) > cut) == (sign > 0)
