@@ -8,6 +8,7 @@ need none of it.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import errno
 import hashlib
@@ -115,13 +116,17 @@ def warn(message):
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
+def ignore_signals():
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):  # CHLD: a DataLoader would complain of its processes
+        signal.signal(each, lambda *_: None)  # not SIG_IGN: Python complains where a signal is pending already
+
+
 @contextlib.contextmanager
 def stopped_once():
     """Ctrl-C and SIGTERM raise KeyboardInterrupt once: the orderly end that follows is not to be cut short again."""
 
     def stop(number, _):
-        for each in before:
-            signal.signal(each, lambda *_: None)  # not SIG_IGN: Python complains where a signal is pending already
+        ignore_signals()
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
     before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
@@ -132,6 +137,7 @@ def stopped_once():
     for each, handler in before.items():
         if signal.getsignal(each) is stop:
             signal.signal(each, handler)
+    atexit.register(ignore_signals)  # the work is done
 
 
 def run(command, args):
@@ -226,17 +232,18 @@ def write_json(path, content):
 
 
 def read_json(path, keys):
-    """The JSON object at path (None where there is no file), its checksum checked and taken out, where it has one.
+    """The JSON object at path (None where there is no file), its checksum checked and taken out.
 
-    keys: {name: type} that it must have.
+    keys: {name: type} that it must have. A file with these alone needs no checksum: it may be written by hand.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if content.pop("checksum", None) not in (None, checksum(content)):
-            raise ValueError("its checksum differs")
         for key, kind in keys.items():
             if not isinstance(content[key], kind):
                 raise ValueError(f"{key} is no {kind.__name__}")
+        stored = content.pop("checksum", None)
+        if stored != checksum(content) and (stored is not None or content.keys() - keys.keys()):
+            raise ValueError("its checksum is missing or differs")
         return content
     except FileNotFoundError:
         return None
@@ -305,12 +312,12 @@ def read_split(data_dir, *splits):
     listed = [(split, path, label) for split in splits for path, label in list_split(data_dir, split)]
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(hash_file, [path for _, path, _ in listed]))
-    record = read_json(Path(data_dir, SPLIT_FILE), {"sha256": dict}) or {"sha256": {}}
+    record = read_json(Path(data_dir, SPLIT_FILE), {"sha256": dict, "state": str}) or {"sha256": {}}
     if record.get("state", "done") != "done":
         raise Failure(f"{data_dir}: a split was interrupted; run split_val.py again, which completes it")
     found, seen = {split: [] for split in splits}, {}
-    for file, digest in record["sha256"].items():  # of the splits that are not read here, too
-        if Path(file).parts[0] not in splits and Path(data_dir, file).exists():
+    for file, digest in record["sha256"].items():  # what is trained on must not stand in test/; evaluate.py warns of it
+        if "train" in splits and Path(file).parts[0] not in splits and Path(data_dir, file).exists():
             seen[digest] = Path(data_dir, file)
     for (split, path, label), digest in zip(listed, digests, strict=True):
         if digest and record["sha256"].get(path.relative_to(data_dir).as_posix(), digest) != digest:

@@ -68,7 +68,7 @@ def save_checkpoint(path, network, head, weight, bias, **about):
         known = {"classes": list(common.CLASSES), "weights": "random", "epoch": 7, "seed": 0, "date": "2025-01-31"}
         fixed = {"threshold": 0.5, "threshold_rule": "fixed", "temperature": 1.0, "images": {"train": {}, "val": {}}}
         about = known | fixed | {"sha256": common.hash_file(path)} | about
-        path.with_suffix(".json").write_text(json.dumps(about))
+        common.write_json(path.with_suffix(".json"), about)
     return path
 
 
@@ -761,7 +761,7 @@ def test_from_takes_the_threshold_beside_it_and_refuses_a_file_that_it_does_not_
     assert evaluate.main(flags) == 0 and read_report(tmp_path / "b")["threshold"] == 0.5
     (tmp_path / "a" / "metrics.json").write_text(json.dumps({"threshold": 0.25}))
     assert evaluate.main(flags) == 0 and read_report(tmp_path / "b")["threshold"] == 0.25
-    (tmp_path / "a" / "metrics.json").write_text(json.dumps({"threshold": 0.25, "predictions_sha256": "0" * 64}))
+    common.write_json(tmp_path / "a" / "metrics.json", {"threshold": 0.25, "predictions_sha256": "0" * 64})
     for more in ([], ["--compare", str(source)]):
         assert evaluate.main([*flags, *more]) == 2
         assert "predictions.csv: not what" in (err := capsys.readouterr().err) and err.count("\n") == 1
