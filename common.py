@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -116,28 +117,40 @@ def warn(message):
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
+stops = []  # when and how this run was asked to stop: (time, KeyboardInterrupt)
+
+
 def ignore_signals():
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):  # CHLD: a DataLoader would complain of its processes
+    for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, lambda *_: None)  # not SIG_IGN: Python complains where a signal is pending already
 
 
+def raise_if_stopped():
+    """Once a batch or an epoch: an interrupt that hits a fork, a __del__ or an import may be swallowed there."""
+    if stops:
+        raise stops[-1][1]
+
+
 @contextlib.contextmanager
-def stopped_once():
-    """Ctrl-C and SIGTERM raise KeyboardInterrupt once: the orderly end that follows is not to be cut short again."""
+def stoppable():
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt; more of them within 3 s do not cut the orderly end short."""
 
     def stop(number, _):
-        ignore_signals()
-        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        if not stops or time.monotonic() > stops[-1][0] + 3:
+            sys.unraisablehook = lambda _: None  # a fork, or a DataLoader's __del__, would complain
+            stops.append((time.monotonic(), Terminated() if number == signal.SIGTERM else KeyboardInterrupt()))
+            raise stops[-1][1]
 
+    stops.clear()
     before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     with contextlib.suppress(ValueError):  # only the main thread may set a handler
         for each in before:
             signal.signal(each, stop)
     yield
-    for each, handler in before.items():
-        if signal.getsignal(each) is stop:
-            signal.signal(each, handler)
     atexit.register(ignore_signals)  # the work is done
+    for each, handler in before.items():
+        if not stops and signal.getsignal(each) is stop:
+            signal.signal(each, handler)
 
 
 def run(command, args):
@@ -145,7 +158,7 @@ def run(command, args):
     if rank_and_world()[0]:
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
     written.clear()
-    with stopped_once():
+    with stoppable():
         try:
             return command(args) or 0
         except (Exception, KeyboardInterrupt) as error:
@@ -160,6 +173,8 @@ def run(command, args):
 
 def describe_error(error, args):
     """(exit status, one line) of an error; (None, None) for a bug, which deserves its traceback."""
+    if stops and not isinstance(error, Failure | KeyboardInterrupt):
+        error = stops[-1][1]  # what Ctrl-C cuts short, an import say, may fail in ways of its own
     text = " ".join(str(error).split())
     if isinstance(error, Failure):
         return error.status, text
@@ -172,7 +187,7 @@ def describe_error(error, args):
     if "DataLoader" in text:
         return 4, f"a process that decodes images died or hung: try --workers 0 ({text[:120]})"
     if isinstance(error, OSError):
-        where = error.filename or "a file"
+        where = error.filename or "the output"
         full = error.errno in FULL
         return (4 if full or error.errno == errno.EIO else 2), f"{where}: {error.strerror or text}" + (
             "; free some space, or write elsewhere with --checkpoint, --results-dir, --cache-dir" if full else ""
@@ -689,6 +704,7 @@ def forward_views(network, loader, size, device, dtype, unreadable):
         return where, vectors.float().cpu()[: len(where)]
 
     for index, pixels in loader:
+        raise_if_stopped()
         if isinstance(pixels, str):
             unreadable[index] = pixels
             continue
@@ -775,7 +791,7 @@ def compute_features(network, wanted, paths, features, store, args, device, dtyp
                 for row, view in wanted.pop(key):
                     features[row, view] = vector
             bar.update(len(keys))
-    seconds = time.perf_counter() - start
+    seconds, count = time.perf_counter() - start, count - sum(len(jobs[index][2]) for index in unreadable)
     print(f"Features: {count} computed in {seconds:.1f} s, {count / seconds:.0f} images/s", flush=True)
     return {jobs[index][1]: reason for index, reason in unreadable.items()}
 
@@ -814,7 +830,7 @@ def loader_settings(workers, jobs):
     if workers < 0:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         workers = min(8, cores) if jobs >= 200 else 0
-    settings = {"batch_size": None, "collate_fn": as_is, "num_workers": workers, "worker_init_fn": leave_signals}
+    settings = {"batch_size": None, "collate_fn": as_is, "num_workers": workers, "worker_init_fn": begin_worker}
     return settings | ({"timeout": 100, "prefetch_factor": 4} if workers else {})
 
 
@@ -822,10 +838,20 @@ def as_is(item):
     return item
 
 
-def leave_signals(_):
-    """In a decoding process: Ctrl-C and SIGTERM are the main process's to answer, and it ends the others."""
+def begin_worker(_):
+    """In a decoding process: Ctrl-C and SIGTERM are the main process's to answer, and it ends the others.
+
+    If it is killed itself, the others would wait for ever to hand over their images; a thread ends them.
+    """
+
+    def end_with(parent):
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
 
 
 def require_space(folder, size, alternative):

@@ -229,6 +229,7 @@ def train_heads(features, labels, heads, args, log=print):
     active, interrupted = list(range(len(heads))), None
     try:
         for epoch in range(1, args.epochs + 1):
+            common.raise_if_stopped()
             train_loss, train_accuracy = train_epoch(model, features, labels, heads, active, args.batch_size).tolist()
             val_loss, val_accuracy = validate(model, features, labels, heads, active).tolist()
             weight, bias = model.folded(active)

@@ -224,6 +224,30 @@ def end_slowly(argv):
     return common.run(command, argparse.Namespace(debug=False))
 
 
+def swallow(argv):
+    """A script in which a library swallows a first interrupt, and makes an error of its own of the second."""
+    import argparse
+    import contextlib
+
+    import common
+
+    class Deleted:
+        def __del__(self):
+            time.sleep(60)  # where Python swallows every exception, with a traceback
+
+    def command(args):
+        Deleted()
+        with contextlib.suppress(KeyboardInterrupt):
+            common.raise_if_stopped()
+            print("not stopped")
+        try:
+            time.sleep(60)
+        except BaseException:
+            raise AttributeError("half an import") from None
+
+    return common.run(command, argparse.Namespace(debug=False))
+
+
 def slow_images(argv):
     """train.py with images that take a second to decode."""
     import common

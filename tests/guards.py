@@ -156,9 +156,30 @@ GUARDS = [
     Guard(
         "a second signal is ignored",
         "common.py",
-        "signal.signal(each, lambda *_: None)",
-        "pass",
+        "if not stops or time.monotonic() > stops[-1][0] + 3:",
+        "if True:",
         f"{FAULTS}a_second_signal_does_not_cut_the_orderly_end_short",
+    ),
+    Guard(
+        "an interrupt stays one",
+        "common.py",
+        "if stops and not isinstance(error, Failure | KeyboardInterrupt):",
+        "if False:",
+        f"{FAULTS}an_interrupt_that_a_library_swallows_can_be_repeated_and_is_one_line",
+    ),
+    Guard(
+        "a swallowed interrupt comes back",
+        "common.py",
+        "    if stops:\n",
+        "    if False:\n",
+        f"{FAULTS}an_interrupt_that_a_library_swallows_can_be_repeated_and_is_one_line",
+    ),
+    Guard(
+        "no process outlives a killed script",
+        "common.py",
+        "while os.getppid() == parent:",
+        "while True:",
+        f"{FAULTS}a_killed_script_leaves_no_decoding_process",
     ),
     Guard(
         "a hung worker is given up",
