@@ -354,7 +354,7 @@ def test_a_full_disk_is_told_before_the_pass(network, images, tmp_path, monkeypa
 
 def test_batchnorm_is_folded_where_the_network_can_be_traced(network):
     device = torch.device("cpu")
-    fast = common.fast_copy(network[0], device, torch.float32, 2, 10)
+    fast = common.fast_copy(network[0], device, torch.float32)
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in fast.modules())
     assert any(isinstance(m, torch.nn.BatchNorm2d) for m in network[0].modules())
     x = torch.randn(2, 3, 64, 64)
@@ -365,28 +365,73 @@ def test_batchnorm_is_folded_where_the_network_can_be_traced(network):
         def forward(self, x):
             return x * 2 if x.sum() > 0 else x
 
-    untraced = common.fast_copy(Untraceable(), device, torch.float32, 2, 10)
+    untraced = common.fast_copy(Untraceable(), device, torch.float32)
     assert torch.equal(untraced(torch.ones(2)), 2 * torch.ones(2))
 
 
-def test_only_a_long_pass_is_compiled_and_one_that_cannot_be_runs_all_the_same(network, images, monkeypatch, capsys):
-    calls = []
+def nasty_network():
+    """Convolutions whose sums may not be written into either of them, one called twice, one not for oneDNN."""
 
-    def compile_(module, **options):
-        calls.append(options)
-        if len(calls) == 2:
-            raise RuntimeError("no compiler")
-        return module
+    class Nasty(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.d = (torch.nn.Conv2d(3, 3, 3, padding=1) for _ in range(4))
+            self.same = torch.nn.Conv2d(3, 3, 3, padding="same", padding_mode="reflect")
+            self.act = torch.nn.ReLU(inplace=True)
 
-    monkeypatch.setattr(torch, "compile", compile_)
-    plain, _ = extract(network, images, [1] * 12, None)
-    assert not calls
-    monkeypatch.setattr(common, "COMPILE_FROM", 12)
-    for warned in (False, True):
-        again, _ = extract(network, images, [1] * 12, None)
-        assert torch.equal(again, plain)
-        assert ("could not be compiled" in capsys.readouterr().err) == warned
-    assert len(calls) == 2
+        def forward(self, x):
+            a = self.a(x)
+            b = self.act(self.b(a) + a)  # a is needed again
+            c = self.act(self.c(b))
+            b += self.act(self.c(c) + c)  # c is called twice
+            d = self.act(a + self.d(b))
+            e = self.act(self.same(d) + self.act(d) + self.b(d[:, :, ::2]).mean())
+            return self.act(e + self.d(e)) + self.act(x) + a
+
+    return Nasty()
+
+
+@pytest.mark.parametrize("arch", ["resnet50", "regnet_y_400mf", "densenet121", "mobilenet_v3_small", "nasty"])
+def test_fused_convolutions_compute_what_the_network_computes(arch):
+    torch.manual_seed(0)
+    network = nasty_network().eval() if arch == "nasty" else common.build_network(arch)[0]
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # fresh ones do nothing
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, 0, 0.1)
+    fast = common.fast_copy(network, torch.device("cpu"), torch.float32)
+    with torch.inference_mode():
+        for size in (96, 96, 64):
+            x = torch.randn(2, 3, size, size).to(memory_format=torch.channels_last)
+            expected, given = network(x.clone()), x.clone(memory_format=torch.preserve_format)
+            assert torch.allclose(fast(given), expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
+            assert arch == "nasty" or torch.equal(given, x)
+
+
+def test_all_convolutions_of_a_resnet_are_fused_on_a_cpu_of_intel_or_amd(monkeypatch):
+    network, device = common.build_network("resnet18")[0], torch.device("cpu")
+    monkeypatch.setattr(common.platform, "machine", lambda: "x86_64")
+    nodes = common.fast_copy(network, device, torch.float32).graph.nodes
+    assert sum("relu" in node.kwargs for node in nodes) == 17 - 2  # two additions are of a pooling's output
+    assert sum(len(node.args) == 2 for node in nodes if node.op == "call_module") == 6
+    monkeypatch.setattr(common.platform, "machine", lambda: "arm64")
+    assert any(isinstance(m, torch.nn.ReLU) for m in common.fast_copy(network, device, torch.float32).modules())
+
+
+@pytest.mark.parametrize("fault", ["absent", "wrong"])
+def test_operators_that_are_absent_or_compute_something_else_are_not_used(fault, network, images, monkeypatch):
+    def fuse(fused):
+        if fault == "absent":
+            raise AttributeError("no such operator")
+        fused.get_submodule("layer4.1.conv2").bias += 1
+        return fused
+
+    expected, _ = extract(network, images, [1] * 12, None)
+    monkeypatch.setattr(common, "fuse_convolutions", fuse)
+    found, _ = extract(network, images, [1] * 12, None)
+    assert torch.allclose(found, expected, rtol=0, atol=0.02 * expected.abs().max())
 
 
 def test_an_output_that_is_not_finite_is_refused(images):
