@@ -137,7 +137,7 @@ def numbers(home):
 # ---------------------------------------------------------------- files written
 
 
-def test_files_are_whole_after_a_kill_at_any_moment_of_saving(zygote, fuzz, tmp_path):
+def test_files_are_whole_after_a_kill_at_any_moment_of_saving(zygote, fuzz, tmp_path, say):
     """SIGKILL at random moments of a process that saves all the time; the next one finds and leaves no temporary."""
     results, pid = tmp_path / "results", None
     results.mkdir()
@@ -175,7 +175,7 @@ def test_files_are_whole_after_a_kill_at_any_moment_of_saving(zygote, fuzz, tmp_
     os.kill(pid, signal.SIGKILL)
     zygote.wait(pid)
     assert not [path for path in tmp_path.rglob("*.tmp") if str(pid) not in path.name]
-    print(f"{kill + 1} kills, {torn} between model.pth and model.json, 0 files lost")
+    say(f"{kill + 1} kills, {torn} between model.pth and model.json, 0 files lost")
 
 
 class Disk:
@@ -220,7 +220,7 @@ OUTPUTS = {
 
 
 @pytest.mark.parametrize("script", ["train", "evaluate"])
-def test_an_error_at_any_step_of_writing_leaves_old_or_new_files(script, run, data, home, fuzz, monkeypatch):
+def test_an_error_at_any_step_of_writing_leaves_old_or_new_files(script, run, data, home, fuzz, monkeypatch, say):
     """ENOSPC, EIO and EACCES at each open, write, fsync and replace in turn, until a run passes without."""
     monkeypatch.setattr(evaluate, "PICTURES", {"roc": evaluate.draw_roc})
     monkeypatch.setattr(evaluate, "DRAWS", 100)
@@ -248,7 +248,7 @@ def test_an_error_at_any_step_of_writing_leaves_old_or_new_files(script, run, da
                 found = new[name] if common.read_json(home / name, {}) else b""
             assert found in (content, new[name]), (k, name)
     assert run(script, data, home, *more)[0] == 0
-    print(f"{script}: {total} steps, {len(cases) if fuzz.on else 8} errors injected")
+    say(f"{script}: {total} steps, {len(cases) if fuzz.on else 8} errors injected")
 
 
 def test_a_file_is_on_disk_before_it_takes_its_name_and_dead_leftovers_go(tmp_path, monkeypatch):
@@ -322,7 +322,7 @@ def pickle_region(content):
     return start, content.index(b"PK", start)
 
 
-def test_a_damaged_checkpoint_is_refused_or_harmless(fuzz, run, data, home, tmp_path):
+def test_a_damaged_checkpoint_is_refused_or_harmless(fuzz, run, data, home, tmp_path, say):
     """Flips, random bytes, zero blocks, truncations and splices; one in four inside the pickle."""
     intact = (home / "model.pth").read_bytes()
     expected = read_checkpoint(home / "model.pth")
@@ -348,7 +348,7 @@ def test_a_damaged_checkpoint_is_refused_or_harmless(fuzz, run, data, home, tmp_
                 status, lines = run(script, data, home, *more)
                 assert status == 2 and len(lines) == 1 and "model.pth: " in lines[0], (how, lines)
     assert refused > 0.9 * count and memory.more() < 1000
-    print(f"{count} damaged checkpoints: {refused} refused, {count - refused} bit-equal, 0 silent")
+    say(f"{count} damaged checkpoints: {refused} refused, {count - refused} bit-equal, 0 silent")
 
 
 def legacy(obj):
@@ -718,7 +718,7 @@ def mutations(rng, content, count, parse=True):
         yield structural(rng, content) if parse and i % 2 else damage(rng, content)
 
 
-def test_a_damaged_model_json_is_refused_or_harmless(fuzz, run, data, home, plain):
+def test_a_damaged_model_json_is_refused_or_harmless(fuzz, run, data, home, plain, say):
     run("evaluate", data, home)
     expected, intact, refused = numbers(home), (home / "model.json").read_bytes(), 0
     count = fuzz.count(25, 300)
@@ -731,7 +731,7 @@ def test_a_damaged_model_json_is_refused_or_harmless(fuzz, run, data, home, plai
             assert status == 2 and len(lines) == 1 and "model.json: " in lines[0], (how, lines)
         else:
             assert numbers(home) == expected, how
-    print(f"{count} damaged model.json: {refused} refused, {count - refused} with the same result, 0 silent")
+    say(f"{count} damaged model.json: {refused} refused, {count - refused} with the same result, 0 silent")
 
 
 def test_a_model_json_from_elsewhere_is_never_a_traceback(fuzz, run, data, home, plain):
@@ -745,7 +745,7 @@ def test_a_model_json_from_elsewhere_is_never_a_traceback(fuzz, run, data, home,
         assert status in (0, 2) and len(lines) == (status == 2), (how, lines)
 
 
-def test_a_damaged_split_val_json_is_refused_or_harmless(fuzz, folder, run, capsys, home):
+def test_a_damaged_split_val_json_is_refused_or_harmless(fuzz, folder, run, capsys, home, say):
     path = folder / "split_val.json"
     intact, refused, count = path.read_bytes(), 0, fuzz.count(25, 300)
     before, expected = listing(folder / "train") | listing(folder / "val"), common.read_split(folder, "train", "val")
@@ -763,10 +763,10 @@ def test_a_damaged_split_val_json_is_refused_or_harmless(fuzz, folder, run, caps
         else:
             assert common.read_split(folder, "train", "val") == expected, how
         assert path.read_bytes() == content
-    print(f"{count} damaged split_val.json: {refused} refused, {count - refused} with the same result, 0 silent")
+    say(f"{count} damaged split_val.json: {refused} refused, {count - refused} with the same result, 0 silent")
 
 
-def test_a_damaged_predictions_csv_is_refused_or_harmless(fuzz, run, data, home, plain, tmp_path):
+def test_a_damaged_predictions_csv_is_refused_or_harmless(fuzz, run, data, home, plain, tmp_path, say):
     source = home / "results" / "predictions.csv"
     beside = (home / "results" / "metrics.json").read_bytes()
     out = tmp_path / "again"
@@ -787,10 +787,10 @@ def test_a_damaged_predictions_csv_is_refused_or_harmless(fuzz, run, data, home,
         (home / "results" / "metrics.json").write_bytes(content)
         status, lines = run("evaluate", data, out, "--from", source)
         assert (status == 2 and len(lines) == 1) or (status == 0 and numbers(out) == expected), (how, lines)
-    print(f"{count} damaged predictions.csv: {refused} refused, {count - refused} with the same result, 0 silent")
+    say(f"{count} damaged predictions.csv: {refused} refused, {count - refused} with the same result, 0 silent")
 
 
-def test_a_damaged_feature_store_is_computed_again_bit_for_bit(fuzz, run, data, home, capsys):
+def test_a_damaged_feature_store_is_computed_again_bit_for_bit(fuzz, run, data, home, capsys, say):
     path = max((home / "cache").glob("*/*.features"), key=lambda path: path.stat().st_size)
     intact, model = path.read_bytes(), common.read_state(home / "model.pth")
     device, dtype = common.pick_device("cpu")
@@ -817,13 +817,13 @@ def test_a_damaged_feature_store_is_computed_again_bit_for_bit(fuzz, run, data, 
             assert run("train", data, home)[0] == 0
             again = common.read_state(home / "model.pth")
             assert all(torch.equal(again[name], model[name]) for name in model), how
-    print(f"{count} damaged feature stores, {size} bytes a record: all bit-equal, {said} said so")
+    say(f"{count} damaged feature stores, {size} bytes a record: all bit-equal, {said} said so")
 
 
 # ---------------------------------------------------------------- images
 
 
-def test_every_changed_byte_of_a_recorded_image_is_refused_with_its_path(fuzz, folder):
+def test_every_changed_byte_of_a_recorded_image_is_refused_with_its_path(fuzz, folder, say):
     paths = [path for path, _ in common.list_split(folder, "train") + common.list_split(folder, "val")]
     count = fuzz.count(60, 1000)
     for _ in range(count):
@@ -835,7 +835,7 @@ def test_every_changed_byte_of_a_recorded_image_is_refused_with_its_path(fuzz, f
             common.read_split(folder, "train", "val")
         assert str(path) in str(caught.value) and "changed" in str(caught.value), how
         path.write_bytes(intact)
-    print(f"{count} changed images, {count} refused")
+    say(f"{count} changed images, {count} refused")
 
 
 FORMATS = {
@@ -850,7 +850,7 @@ FORMATS = {
 }
 
 
-def test_a_damaged_image_without_a_record_is_read_or_explained(fuzz, data, tmp_path):
+def test_a_damaged_image_without_a_record_is_read_or_explained(fuzz, data, tmp_path, say):
     """All formats: a reason in one line or pixels; no traceback, no hang, no gigabyte."""
     image = Image.open(common.list_split(data, "train")[0][0])
     sources = {}
@@ -875,7 +875,7 @@ def test_a_damaged_image_without_a_record_is_read_or_explained(fuzz, data, tmp_p
             assert result.shape == (2, 224, 224, 3), (name, how)
     assert memory.more() < 1000
     how = f"{refused} explained, {count - refused} decoded, {slowest:.2f} s, {memory.more()} MB more"
-    print(f"{count} damaged images: {how}")
+    say(f"{count} damaged images: {how}")
 
 
 @pytest.mark.parametrize("script", ["train", "evaluate", "split_val"])
@@ -1198,7 +1198,7 @@ def check_stop(script, status, lines, number, home, old):
 
 @pytest.mark.parametrize("script", ["train", "evaluate", "split_val"])
 def test_a_signal_at_any_moment_ends_a_script_in_one_line_and_keeps_what_was_there(
-    script, zygote, fuzz, data, trained, tmp_path
+    script, zygote, fuzz, data, trained, tmp_path, say
 ):
     """Ctrl-C and SIGTERM at moments spread over a run, to the whole group, as a terminal sends it."""
     number_of_moments, stopped, log = fuzz.count(3, 10), 0, tmp_path / "log"
@@ -1225,7 +1225,7 @@ def test_a_signal_at_any_moment_ends_a_script_in_one_line_and_keeps_what_was_the
             stopped += check_stop(script, status, lines, number, home, old)
             shutil.rmtree(home)
     assert stopped >= number_of_moments // 3
-    print(f"{script}: {stopped} stopped")
+    say(f"{script}: {stopped} stopped")
 
 
 def test_an_interrupted_split_is_completed_by_the_next_run(zygote, fuzz, tmp_path):

@@ -412,7 +412,7 @@ def restore(source, folder):
     return Path(shutil.copytree(source, folder))
 
 
-def test_a_split_killed_at_any_system_call_is_completed_or_undone_by_the_next_run(campaign, tmp_path):
+def test_a_split_killed_at_any_system_call_is_completed_or_undone_by_the_next_run(campaign, tmp_path, say):
     start, count = campaign
     untouched, flags = snapshot(start), ("--per-class", count)
     done = restore(start, tmp_path / "done")
@@ -427,11 +427,11 @@ def test_a_split_killed_at_any_system_call_is_completed_or_undone_by_the_next_ru
         assert snapshot(folder) == finished
         assert run(half, "--undo") == 0
         assert snapshot(half) == untouched
-    print(f"split: {points} points of death, all converge")
+    say(f"split: {points} points of death, all converge")
     assert points >= 2 * (2 * count + 12)
 
 
-def test_an_undo_killed_at_any_system_call_is_completed_by_the_next_run(campaign, tmp_path):
+def test_an_undo_killed_at_any_system_call_is_completed_by_the_next_run(campaign, tmp_path, say):
     start, count = campaign
     untouched, flags = snapshot(start), ("--per-class", count)
     done = restore(start, tmp_path / "done")
@@ -446,7 +446,7 @@ def test_an_undo_killed_at_any_system_call_is_completed_by_the_next_run(campaign
         assert snapshot(folder) == untouched
         assert run(half, *flags) == 0  # completes the undo, then splits
         assert snapshot(half) == finished
-    print(f"undo: {points} points of death, all converge")
+    say(f"undo: {points} points of death, all converge")
     assert points >= 2 * (2 * count + 12)
 
 
@@ -504,11 +504,12 @@ def test_ctrl_c_between_two_files_says_how_to_go_on(tree, capsys, monkeypatch, s
     assert snapshot(tree) == snapshot(done)
 
 
-def test_four_at_once_split_once(tree, tmp_path, request):
+def test_four_at_once_split_once(tree, tmp_path, request, say):
     done = restore(tree, tmp_path / "done")
     assert run(done, "--per-class", 5) == 0
     finished = snapshot(done)
-    for _ in range(200 if request.config.option.fuzz else 20):
+    rounds = 200 if request.config.option.fuzz else 20
+    for _ in range(rounds):
         folder = restore(tree, tmp_path / "race")
         gate, start = os.pipe()
         children = []
@@ -526,6 +527,7 @@ def test_four_at_once_split_once(tree, tmp_path, request):
         assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
         os.close(gate)
         assert snapshot(folder) == finished
+    say(f"four splits at once, {rounds} times: each time exactly one split")
 
 
 def test_a_damaged_record_is_refused_or_changes_nothing(tree, tmp_path, request, capsys):
