@@ -808,9 +808,7 @@ def extract_features(network, width, images, views, args, device, dtype):
     if wanted:
         if store:
             require_space(store.folder, len(wanted) * store.record.itemsize, "--cache-dir, or compute with --no-cache")
-        print(
-            f"Features: {total - len(wanted)} of {total} are in {args.cache_dir}" if store else "Features:", flush=True
-        )
+            print(f"Features: {total - len(wanted)} of {total} are in {args.cache_dir}", flush=True)
         reasons |= compute_features(network, wanted, paths, features, store, args, device, dtype)
     if distributed := rank_and_world()[1] > 1:
         reasons = share_reasons(store, reasons)
