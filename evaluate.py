@@ -37,12 +37,8 @@ INTERVALS = (
 )
 N_WORST = 8  # images in worst.png
 N_RULE = 2000  # training images that the one-number rules are fitted on, at most: decoding takes milliseconds each
-SUBGROUPS = {  # how a patient's name starts or ends: (class, metric)
-    "_bacteria": (1, "sensitivity"),
-    "_virus": (1, "sensitivity"),
-    "IM-": (0, "specificity"),
-    "NORMAL2-IM-": (0, "specificity"),
-}
+SUBGROUPS = {"_bacteria": 1, "_virus": 1, "IM-": 0, "NORMAL2-IM-": 0}  # how a patient's name starts or ends: class
+PACKAGES = ("torch", "torchvision", "torchmetrics", "numpy", "pillow", "matplotlib")
 COLOURS = ("#0072B2", "#D55E00")  # of NORMAL and PNEUMONIA; Okabe & Ito's palette, told apart by the colour-blind
 STYLE = {"font.size": 9, "axes.titlesize": 9, "legend.frameon": False}
 STYLE |= {"axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3}
@@ -55,6 +51,7 @@ class Model(NamedTuple):
     info: dict  # what model.json says, as far as it can be trusted
     about: dict  # what metrics.json says about the model
     warnings: list
+    device: object  # that the network runs on
 
 
 class Table(NamedTuple):
@@ -72,11 +69,15 @@ class Table(NamedTuple):
         rows = [row for row, error in enumerate(self.errors) if not error]
         return [self.files[row] for row in rows], np.array([self.labels[row] for row in rows]), self.probs[rows]
 
+    def predictions(self, threshold):
+        """Yields (file, label, probability, error, predicted class) of each image."""
+        return zip(*self, (CLASSES[int(above)] for above in self.probs > threshold), strict=True)
+
 
 # ---------------------------------------------------------------- the network and its predictions
 
 
-def load_model(path):
+def load_model(path, device):
     """The Model in a checkpoint: one of train.py, or any state dict of a torchvision network with one output."""
     state, digest, about_path = common.read_state(path), common.hash_file(path), path.with_suffix(".json")
     info = common.read_json(about_path, {"arch": str, "sha256": str, "threshold": float})
@@ -85,10 +86,8 @@ def load_model(path):
         info = {"arch": "resnet50"}
         warnings.append(f"no {about_path} beside {path.name}: taken for a resnet50 with the threshold 0.5")
     elif info["sha256"] != digest:
-        info = {"arch": info["arch"]}
-        warnings.append(
-            f"{about_path} DOES NOT BELONG to this {path.name} (its SHA-256 differs): only its arch is used"
-        )
+        info, differs = {"arch": info["arch"]}, "(its SHA-256 differs): only its arch is used"
+        warnings.append(f"{about_path} DOES NOT BELONG to this {path.name} {differs}")
     if info.get("classes", list(CLASSES)) != list(CLASSES):
         raise Failure(f"{about_path}: expected the classes {', '.join(CLASSES)}, found {info['classes']}")
     network, head, width, tensors = common.build_network(info["arch"], state, path)
@@ -98,18 +97,18 @@ def load_model(path):
         raise Failure(f"{path}: expected one output neuron of {width} inputs in {head}, found {found}")
     keys = ("weights", "date", "epoch", "seed", "val_loss", "val_accuracy", "temperature", "threshold_rule")
     about = {"file": str(path), "sha256": digest, "arch": info["arch"]} | {key: info.get(key) for key in keys}
-    return Model(network, weight[0].float(), bias[0].float(), info, about, warnings)
+    return Model(network, weight[0].float(), bias[0].float(), info, about, warnings, device)
 
 
 def choose_threshold(args, stored, source):
-    """(threshold, where it came from): --threshold, or the one stored in `source`, or 0.5."""
+    """The report's threshold and where it comes from: --threshold, or the one stored in `source`, or 0.5."""
     if args.threshold is not None:
-        return args.threshold, "--threshold"
-    if stored is None:
-        return 0.5, "the default"
-    if not 0 <= stored <= 1:
+        stored, source = args.threshold, "--threshold"
+    elif stored is None:
+        stored, source = 0.5, "the default"
+    elif not 0 <= stored <= 1:
         raise Failure(f"{source}: expected a threshold from 0 to 1, found {stored}")
-    return stored, source
+    return {"threshold": stored, "threshold_from": source}
 
 
 def named_images(paths):
@@ -125,11 +124,10 @@ def named_images(paths):
     return [Image(path, None, common.hash_file(path)) for path in found]
 
 
-def predict(model, images, args, device, dtype):
+def predict(model, images, args, dtype):
     """The Table of the images."""
-    features, bad = common.extract_features(
-        model.network, len(model.weight), images, [1] * len(images), args, device, dtype
-    )
+    network, width, views = model.network, len(model.weight), [1] * len(images)
+    features, bad = common.extract_features(network, width, images, views, args, model.device, dtype)
     # not a matrix product: its rounding may depend on how many images there are
     probs = ((features[:, 0] * model.weight).sum(1) + model.bias).sigmoid()
     probs[list(bad)] = math.nan
@@ -147,9 +145,9 @@ def write_predictions(path, table, threshold):
     with replacing(path, "w") as file:
         writer = csv.writer(file)
         writer.writerow(("file", "label", "probability", "prediction", "error"))
-        for (name, label, prob, error), above in zip(zip(*table, strict=True), table.probs > threshold, strict=True):
-            number, prediction = ("", "") if error else (f"{prob:.9g}", CLASSES[int(above)])
-            writer.writerow((name, "" if label is None else CLASSES[label], number, prediction, error))
+        for name, label, prob, error, prediction in table.predictions(threshold):
+            found = ("", "") if error else (f"{prob:.9g}", prediction)
+            writer.writerow((name, "" if label is None else CLASSES[label], *found, error))
 
 
 def read_predictions(path):
@@ -167,25 +165,21 @@ def read_predictions(path):
     for column in ("file", "label", "probability"):
         if column not in (reader.fieldnames or ()):
             raise wrong(1, column, "its name", ",".join(reader.fieldnames or ()))
-    found, names = [], set()
+    found = {}
     for number, row in rows:
         name, label, text, error = (row.get(key) or "" for key in ("file", "label", "probability", "error"))
-        if not name or name in names:
+        if not name or name in found:
             raise wrong(number, "file", "a name that no other row has", name)
         if label not in CLASSES:
             raise wrong(number, "label", " or ".join(CLASSES), label)
         try:
-            prob = math.nan if error else float(text)
-        except ValueError:
-            prob = math.nan
-        if not error and not 0 <= prob <= 1:
-            raise wrong(number, "probability", "a number from 0 to 1", text)
-        names.add(name)
-        found.append((name, CLASSES.index(label), prob, error))
+            found[name] = CLASSES.index(label), math.nan if error else probability(text), error
+        except (ValueError, argparse.ArgumentTypeError):
+            raise wrong(number, "probability", "a number from 0 to 1", text) from None
     if not found:
         raise wrong(2, "file", "a row for each image", "")
-    files, labels, probs, errors = zip(*found, strict=True)
-    return Table(files, labels, np.array(probs, np.float32), errors)
+    labels, probs, errors = zip(*found.values(), strict=True)
+    return Table(list(found), labels, np.array(probs, np.float32), errors)
 
 
 def report_beside(path):
@@ -198,6 +192,11 @@ def report_beside(path):
 
 
 # ---------------------------------------------------------------- statistics
+
+
+def patients_of(files):
+    """[patient, None where the name tells none] of the files."""
+    return [common.patient_of(Path(file).name) for file in files]
 
 
 def wilson(count, n):
@@ -249,8 +248,7 @@ def bin_of(probs):
     """The bin of the calibration error of each probability; 1.0 has one of its own, as in torchmetrics."""
     import torch
 
-    edges = torch.linspace(0, 1, BINS + 1)
-    return (torch.bucketize(torch.from_numpy(probs), edges, right=True) - 1).numpy()
+    return torch.linspace(0, 1, BINS + 1).numpy().searchsorted(probs, side="right") - 1
 
 
 def weighted_scores(probs, labels, weights, threshold):
@@ -261,20 +259,16 @@ def weighted_scores(probs, labels, weights, threshold):
     import numpy as np
 
     tp, fp = counts_above(probs, labels, weights)
-    positives, negatives = tp[:, -1:], fp[:, -1:]
     new_tp, new_fp = np.diff(tp, axis=1, prepend=0), np.diff(fp, axis=1, prepend=0)
-    auroc = (new_fp * (tp - new_tp / 2)).sum(1) / (positives * negatives)[:, 0]
-    precision = tp / np.maximum(tp + fp, 1)
-    above = probs > threshold
-    hits, alarms = weights @ (above & (labels == 1)), weights @ (above & (labels == 0))
-    positives, negatives = positives[:, 0], negatives[:, 0]
-    total, gap = positives + negatives, probs.astype(float) - labels
+    positives, negatives = tp[:, -1], fp[:, -1]
+    precision, total = tp / np.maximum(tp + fp, 1), positives + negatives
+    above, gap = probs > threshold, probs.astype(float) - labels
     gap_in_bin = gap[:, None] * (bin_of(probs)[:, None] == np.arange(BINS + 1))
     gaps = weights @ gap_in_bin / total[:, None]
     return {
-        "accuracy": (hits + negatives - alarms) / total,
-        "f1": 2 * hits / (hits + alarms + positives),
-        "auroc": auroc,
+        "accuracy": weights @ (above == labels) / total,
+        "f1": 2 * (weights @ (above & (labels == 1))) / (weights @ above + positives),
+        "auroc": (new_fp * (tp - new_tp / 2)).sum(1) / (positives * negatives),
         "average_precision": (precision * new_tp).sum(1) / positives,
         "brier": weights @ gap**2 / total,
         "ece": np.abs(gaps).sum(1),
@@ -310,7 +304,7 @@ def bootstrap(files, labels, probs, threshold, seed):
     """
     import numpy as np
 
-    keys = [(label, common.patient_of(Path(file).name) or file) for file, label in zip(files, labels, strict=True)]
+    keys = [(label, patient or file) for label, patient, file in zip(labels, patients_of(files), files, strict=True)]
     index = {key: i for i, key in enumerate(sorted(set(keys)))}
     unit, normal = np.array([index[key] for key in keys]), sum(label == 0 for label, _ in index)
     samples = (times[:, unit].astype(float) for times in resample(normal, len(index), seed))
@@ -321,16 +315,16 @@ def bootstrap(files, labels, probs, threshold, seed):
 def measure(files, labels, probs, threshold, seed):
     """(metrics with intervals, counts, the bootstrap's draws). A Failure unless both classes are there."""
     import torch
+    from torchmetrics.functional.classification import binary_confusion_matrix
 
     for label, name in enumerate(CLASSES):
         if label not in labels:
             raise Failure(f"no readable {name} image: expected both classes, a score of one means nothing")
-    values = common.score(torch.from_numpy(probs), torch.from_numpy(labels), threshold)
+    scored = torch.from_numpy(probs), torch.from_numpy(labels), threshold
+    values = common.score(*scored)
     if not all(math.isfinite(value) for value in values.values() if value is not None):
         raise Failure(f"a score is not finite: {values}", 3)
-    above, positive = probs > threshold, labels == 1
-    tp, fp = int((above & positive).sum()), int((above & ~positive).sum())
-    fn, tn = int(positive.sum()) - tp, int((~positive).sum()) - fp
+    tn, fp, fn, tp = binary_confusion_matrix(*scored).ravel().tolist()
     shares = (tp + tn, len(labels)), (tp, tp + fn), (tn, tn + fp), (tp, tp + fp), (tn, tn + fn)
     intervals = {name: wilson(*share) for name, share in zip(PROPORTIONS, shares, strict=True)}
     draws = bootstrap(files, labels, probs, threshold, seed)
@@ -343,36 +337,32 @@ def measure(files, labels, probs, threshold, seed):
 
 def measure_subgroups(files, labels, probs, threshold):
     """{name: {metric, n, value, low, high}} of the groups that the patients in the names tell."""
-    found = {}
-    for name, (label, metric) in SUBGROUPS.items():
-        right = [
-            (prob > threshold) == label
-            for file, truth, prob in zip(files, labels, probs, strict=True)
-            if truth == label
-            and (patient := common.patient_of(Path(file).name))
-            and (patient.endswith(name) or patient.startswith(name))
-        ]
-        if right:
-            found[name.strip("_-")] = {"metric": metric, "n": len(right)} | wilson(int(sum(right)), len(right))
+    found, patients = {}, [patient or "" for patient in patients_of(files)]
+    for name, label in SUBGROUPS.items():
+        inside = [patient.startswith(name) or patient.endswith(name) for patient in patients]
+        right = (probs[inside & (labels == label)] > threshold) == label
+        if len(right):
+            about = {"metric": ("specificity", "sensitivity")[label], "n": len(right)}
+            found[name.strip("_-")] = about | wilson(int(right.sum()), len(right))
     return found
 
 
 def measure_calibration(labels, probs, temperature):
     """Brier score and calibration error with the temperature and, undone on the logits, without it."""
-    import numpy as np
     import torch
 
-    p = np.clip(probs.astype(float), 1e-12, 1 - 2.0**-25)  # a float32 of 1.0 may have been 1 - 2**-25
-    before = (1 / (1 + np.exp(-temperature * np.log(p / (1 - p))))).astype(np.float32)
-    both = {"with": probs, "without": before if temperature != 1 else probs}
-    scores = {k: common.score(torch.from_numpy(v), torch.from_numpy(labels), 0.5) for k, v in both.items()}
+    labels, after = torch.from_numpy(labels), torch.from_numpy(probs)
+    logits = after.double().clamp(1e-12, 1 - 2.0**-25).logit()  # a float32 of 1.0 may have been 1 - 2**-25
+    before = (temperature * logits).sigmoid().float() if temperature != 1 else after
+    scores = {name: common.score(each, labels, 0.5) for name, each in (("with", after), ("without", before))}
     return {"temperature": temperature} | {k: {m: v[m] for m in ("ece", "brier")} for k, v in scores.items()}
 
 
-def difference(name, mine, other, my_draws, other_draws):
-    """{value, low, high} of mine - other, from two calls of bootstrap on the same images."""
-    value = mine[name]["value"] - other[name]["value"]
-    return bootstrapped(name, value, {name: my_draws[name] - other_draws[name]})
+def difference(name, mine, other):
+    """{value, low, high} of mine - other, both from measure, of the same images with the same seed."""
+    (metrics, _, draws), (other_metrics, _, other_draws) = mine, other
+    value = metrics[name]["value"] - other_metrics[name]["value"]
+    return bootstrapped(name, value, {name: draws[name] - other_draws[name]})
 
 
 def mcnemar(only_mine, only_other):
@@ -381,31 +371,30 @@ def mcnemar(only_mine, only_other):
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(only_mine, only_other) + 1)) / 2**n)
 
 
-def compare(args, table, other, threshold, metrics, draws):
+def compare(args, table, other, threshold, measured):
     """What metrics.json says about the difference to the Table `other`, read from args.compare, of the same images."""
-    files, labels, probs = table.readable()
     report = report_beside(args.compare)
-    other_threshold, _ = choose_threshold(args, report.get("threshold"), args.compare)
-    other_files, other_labels, other_probs = other.readable()
-    row = {file: i for i, file in enumerate(other_files)}
+    other_threshold = choose_threshold(args, report.get("threshold"), args.compare)["threshold"]
+    (files, labels, probs), (other_files, other_labels, other_probs) = table.readable(), other.readable()
     if odd := sorted(set(files) ^ set(other_files)):
         raise Failure(f"{args.compare}: expected the same {len(files)} images, {len(odd)} are in one only, as {odd[0]}")
+    row = {file: i for i, file in enumerate(other_files)}
     rows = [row[file] for file in files]
     other_labels, other_probs = other_labels[rows], other_probs[rows]
     if (labels != other_labels).any():
         raise Failure(f"{args.compare}: {files[(labels != other_labels).argmax()]} has another label there")
-    other, _, other_draws = measure(files, labels, other_probs, other_threshold, args.seed)
-    mine_right, other_right = ((p > t) == labels for p, t in ((probs, threshold), (other_probs, other_threshold)))
-    only_mine, only_other = int((mine_right & ~other_right).sum()), int((other_right & ~mine_right).sum())
+    other_measured = measure(files, labels, other_probs, other_threshold, args.seed)
+    right, other_right = (probs > threshold) == labels, (other_probs > other_threshold) == labels
+    only_here, only_there = int((right & ~other_right).sum()), int((other_right & ~right).sum())
     return {
         "with": str(args.compare),
         "model": report.get("model"),
         "threshold": other_threshold,
-        "other": {name: other[name] for name in COMPARED},
-        "difference": {name: difference(name, metrics, other, draws, other_draws) for name in COMPARED},
-        "right_only_here": only_mine,
-        "right_only_there": only_other,
-        "mcnemar_p": mcnemar(only_mine, only_other),
+        "other": {name: other_measured[0][name] for name in COMPARED},
+        "difference": {name: difference(name, measured, other_measured) for name in COMPARED},
+        "right_only_here": only_here,
+        "right_only_there": only_there,
+        "mcnemar_p": mcnemar(only_here, only_there),
     }
 
 
@@ -414,16 +403,14 @@ def compare(args, table, other, threshold, metrics, draws):
 
 def find_leaks(model, images, split):
     """Warnings about images that the model has seen while it was made."""
-    seen = {digest for known in model.info.get("images", {}).values() for digest in known.values()}
-    leaked = [image.path.name for image in images if image.digest in seen]
     if split != "test":
         return [f"the network was made with the {split} images: these numbers are NO TEST RESULT"]
-    if leaked:
-        return [
-            f"{len(leaked)} of {len(images)} test images WERE AMONG THE TRAINING OR VALIDATION IMAGES, as {leaked[0]}: "
-            "these numbers are no test result"
-        ]
-    return []
+    seen = {digest for known in model.info.get("images", {}).values() for digest in known.values()}
+    leaked = [image.path.name for image in images if image.digest in seen]
+    if not leaked:
+        return []
+    found = f"{len(leaked)} of {len(images)} test images WERE AMONG THE TRAINING OR VALIDATION IMAGES, as {leaked[0]}"
+    return [f"{found}: these numbers are no test result"]
 
 
 def numbers_of(path):
@@ -438,8 +425,6 @@ def best_rule(args, images, files):
 
     {"none": reason} where there are no training images. Test images have no part in choosing the rule.
     """
-    import numpy as np
-
     try:
         fit = common.list_split(args.data_dir, "train")
         with contextlib.suppress(Failure):
@@ -448,47 +433,42 @@ def best_rule(args, images, files):
         return {"none": str(reason)}
     fit = fit[:: -(-len(fit) // N_RULE)]
     with ThreadPoolExecutor() as pool:
-        numbers = list(pool.map(numbers_of, [path for path, _ in fit] + [image.path for image in images]))
-    known = [i for i in range(len(fit)) if numbers[i]]
+        fitted = list(pool.map(numbers_of, [path for path, _ in fit]))
+        tested = list(pool.map(numbers_of, [image.path for image in images]))
+    known = [(numbers, label) for numbers, (_, label) in zip(fitted, fit, strict=True) if numbers]
     if not known:
         return {"none": f"no image in {args.data_dir / 'train'} can be read"}
-    labels, tested = np.array([fit[i][1] for i in known]), numbers[len(fit) :]
+    fitted, labels = zip(*known, strict=True)
     rules = {}
-    for name in numbers[known[0]]:
-        values = np.array([numbers[i][name] for i in known])
+    for name in fitted[0]:
+        values = [numbers[name] for numbers in fitted]
         rule = common.fit_rule(values, labels)
         rules[name] = float((common.apply_rule(rule, values) == labels).mean()), rule
     name = max(rules, key=lambda name: rules[name][0])
     accuracy, (cut, sign) = rules[name]
-    found = common.apply_rule((cut, sign), np.array([each[name] for each in tested]))
-    return {
-        "number": name,
-        "cut": float(cut),
-        "sign": int(sign),
-        "fitted_on": len(known),
-        "fit_accuracy": accuracy,
-        "wrong": [file for file, image, label in zip(files, images, found, strict=True) if label != image.label],
-    }
+    found = common.apply_rule((cut, sign), [numbers[name] for numbers in tested])
+    wrong = [file for file, image, label in zip(files, images, found, strict=True) if label != image.label]
+    about = {"number": name, "cut": cut, "sign": sign, "fitted_on": len(known), "fit_accuracy": accuracy}
+    return about | {"wrong": wrong}
 
 
-def judge_rule(rule, files, labels, metrics, draws, seed):
+def judge_rule(rule, files, labels, measured, seed):
     """Adds to what best_rule found: the rule's accuracy, and the paired difference of the network's."""
-    import numpy as np
-
     if "wrong" not in rule:
         return rule
-    right = ~np.isin(files, rule["wrong"])
-    _, _, rule_draws = found = measure(files, labels, np.where(right, labels, 1 - labels).astype(np.float32), 0.5, seed)
-    gain = difference("accuracy", metrics, found[0], draws, rule_draws)
+    wrong = set(rule["wrong"])
+    found = (labels != [file in wrong for file in files]).astype("float32")
+    rule_measured = measure(files, labels, found, 0.5, seed)
+    gain = difference("accuracy", measured, rule_measured)
     verdict = "better" if gain["low"] > 0 else "better, but within chance" if gain["value"] > 0 else "NO BETTER"
-    return rule | {"accuracy": found[0]["accuracy"], "difference": gain, "network_is": verdict}
+    return rule | {"accuracy": rule_measured[0]["accuracy"], "difference": gain, "network_is": verdict}
 
 
 # ---------------------------------------------------------------- class activation maps
 
 
 def class_maps(model, pixels):
-    """Maps float32 (n, h, w) of images uint8 (n, 3, SIZE, SIZE), or None where the network has none.
+    """Maps float32 (n, h, w) of images (n, 3, SIZE, SIZE), 0 to 255, or None where the network has none.
 
     A network that ends in global average pooling and one Linear gives the logit as the mean over positions of
     weight . last feature map + bias (Zhou et al. 2016): that sum is the map, positive where it speaks for PNEUMONIA.
@@ -496,9 +476,8 @@ def class_maps(model, pixels):
     """
     import torch
 
-    device = pixels.device
+    device, outputs = pixels.device, []
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) * 255 for values in (common.MEAN, common.STD))
-    outputs = []
 
     def keep(module, inputs, output):
         if isinstance(output, torch.Tensor) and output.ndim == 4 and output.shape[1] == len(model.weight):
@@ -528,25 +507,24 @@ def overlay(view, heat):
     return (view * (1 - strength) + colour * strength).round().byte()
 
 
-def overlays(model, images, device):
+def overlays(model, images):
     """Yields (view, overlay or None), uint8 (SIZE, SIZE, 3), of each image."""
     import torch
 
-    views = common.Views([(image.path, image.digest, [0]) for image in images])
     for start in range(0, len(images), 16):
-        rows = range(start, min(start + 16, len(images)))
-        pixels = torch.cat([torch.from_numpy(views[row][1]) for row in rows])
-        maps = class_maps(model, pixels.permute(0, 3, 1, 2).to(device))
+        views = common.Views([(image.path, image.digest, [0]) for image in images[start : start + 16]])
+        pixels = torch.cat([torch.from_numpy(view) for _, view in views])
+        maps = class_maps(model, pixels.permute(0, 3, 1, 2).to(model.device))
         for i, view in enumerate(pixels):
             yield view, None if maps is None else overlay(view, maps[i])
 
 
-def write_overlays(folder, model, images, device):
+def write_overlays(folder, model, images):
     """One PNG an image in `folder`, in the folder of its class if it has one; its name stays legible."""
     from PIL import Image as Pillow
 
     taken = set()
-    for image, (_, picture) in zip(images, overlays(model, images, device), strict=True):
+    for image, (_, picture) in zip(images, overlays(model, images), strict=True):
         names = (f"{image.path.name}{number}.png" for number in ("", *(f"-{i}" for i in range(2, len(images) + 2))))
         group = "" if image.label is None else CLASSES[image.label]
         target = next(path for name in names if (path := folder / group / name) not in taken)
@@ -559,46 +537,36 @@ def write_overlays(folder, model, images, device):
 # ---------------------------------------------------------------- pictures
 
 
-@contextlib.contextmanager
-def picture(path, caption):
-    """A matplotlib Figure that is saved whole at the end."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure((5, 4.6), layout="constrained")
-        yield figure
-        figure.supxlabel(caption, fontsize=7, color="dimgrey")
-        with replacing(path) as file:
-            figure.savefig(file, format="png", dpi=120)
-
-
-def interval(metric, digits=3):
+def interval(metric):
     """A value with its interval, as text."""
     if metric["value"] is None:
         return "undefined"
-    return "{value:.{d}f} ({low:.{d}f} to {high:.{d}f})".format(**metric, d=digits)
+    return "{value:.3f} ({low:.3f} to {high:.3f})".format(**metric)
 
 
-def draw_point(ax, across, up, label):
-    """The operating point with the 95 % intervals of both coordinates."""
-    if across["value"] is None or up["value"] is None:
-        return
-    reach = [[[m["value"] - m["low"]], [m["high"] - m["value"]]] for m in (across, up)]
-    ax.errorbar(across["value"], up["value"], *reversed(reach), "o", color="black", capsize=3, label=label)
+def reach(metric):
+    """How far the interval goes down and up from the value, as matplotlib's errorbar wants it."""
+    return [[metric["value"] - metric["low"]], [metric["high"] - metric["value"]]]
+
+
+def draw_curve(ax, x, y, across, up, report, **style):
+    """The network's curve, and on it the operating point with the 95 % intervals of both coordinates."""
+    ax.plot(x, y, color=COLOURS[1], label="network", **style)
+    if up["value"] is not None:
+        label = f"threshold {report['threshold']:.3g}, 95 % intervals"
+        ax.errorbar(across["value"], up["value"], reach(up), reach(across), "o", color="black", capsize=3, label=label)
 
 
 def draw_roc(ax, labels, probs, report):
     import numpy as np
 
     tp, fp = (np.append(0, each[0]) for each in counts_above(probs, labels, np.ones((1, len(probs)))))
-    metrics = report["metrics"]
-    spec = metrics["specificity"]
-    false_alarms = {"value": 1 - spec["value"], "low": 1 - spec["high"], "high": 1 - spec["low"]}
+    sensitivity, specificity, auroc = (report["metrics"][name] for name in ("sensitivity", "specificity", "auroc"))
+    mirrored = {"value": "value", "low": "high", "high": "low"}
+    false_alarms = {key: 1 - specificity[other] for key, other in mirrored.items()}
     ax.plot((0, 1), (0, 1), color="grey", linestyle=":", label="chance")
-    ax.plot(fp / fp[-1], tp / tp[-1], color=COLOURS[1], label="network")
-    draw_point(ax, false_alarms, metrics["sensitivity"], f"threshold {report['threshold']:.3g}, 95 % intervals")
-    ax.set(xlabel="1 - specificity", ylabel="sensitivity", title=f"ROC: AUROC {interval(metrics['auroc'])}")
+    draw_curve(ax, fp / fp[-1], tp / tp[-1], false_alarms, sensitivity, report)
+    ax.set(xlabel="1 - specificity", ylabel="sensitivity", title=f"ROC: AUROC {interval(auroc)}")
     ax.legend(loc="lower right")
 
 
@@ -608,8 +576,8 @@ def draw_precision_recall(ax, labels, probs, report):
     tp, fp = (each[0] for each in counts_above(probs, labels, np.ones((1, len(probs)))))
     metrics, precision = report["metrics"], tp / (tp + fp)
     ax.axhline(labels.mean(), color="grey", linestyle=":", label="chance")
-    ax.step(np.append(0, tp / tp[-1]), np.append(precision[0], precision), "-", color=COLOURS[1], label="network")
-    draw_point(ax, metrics["sensitivity"], metrics["ppv"], f"threshold {report['threshold']:.3g}, 95 % intervals")
+    recall, precision = np.append(0, tp / tp[-1]), np.append(precision[0], precision)
+    draw_curve(ax, recall, precision, metrics["sensitivity"], metrics["ppv"], report, drawstyle="steps-pre")
     title = f"Precision-recall: average precision {interval(metrics['average_precision'])}"
     ax.set(xlabel="recall (sensitivity)", ylabel="precision (PPV)", ylim=(0, 1.05), title=title)
     ax.legend(loc="lower left")
@@ -618,12 +586,11 @@ def draw_precision_recall(ax, labels, probs, report):
 def draw_confusion(ax, labels, probs, report):
     counts = report["counts"]
     table = [[counts["tn"], counts["fp"]], [counts["fn"], counts["tp"]]]
-    ax.imshow([[n / sum(row) for n in row] for row in table], cmap="Blues", vmin=0, vmax=1)
-    for i, row in enumerate(table):
-        for j, n in enumerate(row):
-            share = n / sum(row)
-            text = f"{n}\n{share:.1%} of {CLASSES[i]}"
-            ax.text(j, i, text, ha="center", va="center", fontsize=11, color="white" if share > 0.65 else "black")
+    shares = [[n / sum(row) for n in row] for row in table]
+    ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        text, colour = f"{table[i][j]}\n{shares[i][j]:.1%} of {CLASSES[i]}", "white" if shares[i][j] > 0.65 else "black"
+        ax.text(j, i, text, ha="center", va="center", fontsize=11, color=colour)
     title = f"Accuracy {interval(report['metrics']['accuracy'])} at threshold {report['threshold']:.3g}"
     ax.set(xticks=(0, 1), yticks=(0, 1), xticklabels=CLASSES, xlabel="predicted", ylabel="truth", title=title)
     ax.set_yticklabels(CLASSES, rotation=90, va="center")
@@ -636,8 +603,7 @@ def draw_reliability(ax, labels, probs, report):
     for each in sorted(set(bins)):
         inside = bins == each
         x, share = probs[inside].mean(), wilson(int(labels[inside].sum()), int(inside.sum()))
-        reach = [[share["value"] - share["low"]], [share["high"] - share["value"]]]
-        ax.errorbar(x, share["value"], reach, fmt="o", color=COLOURS[1], capsize=2, markersize=4)
+        ax.errorbar(x, share["value"], reach(share), fmt="o", color=COLOURS[1], capsize=2, markersize=4)
         ax.annotate(inside.sum(), (x, share["value"]), (4, 3), textcoords="offset points", fontsize=7)
     title = f"Calibration: ECE {interval(metrics['ece'])}\nBrier score {interval(metrics['brier'])}"
     ax.set(xlabel="mean P(PNEUMONIA) in the bin", ylabel="share of PNEUMONIA, 95 % interval, n", title=title)
@@ -645,7 +611,7 @@ def draw_reliability(ax, labels, probs, report):
 
 def draw_scores(ax, labels, probs, report):
     import numpy as np
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
     edges = np.linspace(0, 1, 26)
     for label, side in ((1, 1), (0, -1)):
@@ -653,25 +619,28 @@ def draw_scores(ax, labels, probs, report):
         ax.bar(edges[:-1], heights, 0.04, align="edge", color=COLOURS[label], edgecolor="white", label=CLASSES[label])
     ax.axhline(0, color="black", linewidth=0.8)
     ax.axvline(report["threshold"], color="black", linestyle="--", label=f"threshold {report['threshold']:.3g}")
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{abs(y):.0f}"))
+    ax.yaxis.set_major_formatter(lambda y, _: f"{abs(y):.0f}")
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="P(PNEUMONIA)", ylabel="images", xlim=(0, 1), title="Scores by class")
     ax.legend()
 
 
-def draw_worst(path, model, images, probs, threshold, device, caption):
+DRAWN = (draw_roc, draw_precision_recall, draw_confusion, draw_reliability, draw_scores)
+PICTURES = {draw.__name__.removeprefix("draw_"): draw for draw in DRAWN}  # by the name of the file
+
+
+def draw_worst(path, model, images, probs, threshold, caption):
     """The most wrong images, each beside its map; the least sure ones where nothing is wrong."""
     from PIL import Image as Pillow
     from PIL import ImageDraw
 
     wrong = [i for i, image in enumerate(images) if (probs[i] > threshold) != image.label]
-    if wrong:
-        rows = sorted(wrong, key=lambda i: -abs(probs[i] - images[i].label))[:N_WORST]
-        heading = f"The {len(rows)} most wrong of {len(wrong)} wrong images"
-    else:
+    rows = sorted(wrong, key=lambda i: -abs(probs[i] - images[i].label))[:N_WORST]
+    heading = f"The {len(rows)} most wrong of {len(wrong)} wrong images"
+    if not wrong:
         rows = sorted(range(len(images)), key=lambda i: abs(probs[i] - threshold))[:N_WORST]
         heading = f"No image is wrong: the {len(rows)} least sure"
-    shown = list(overlays(model, [images[i] for i in rows], device))
+    shown = list(overlays(model, [images[i] for i in rows]))
     without = "without class activation maps: the network does not end in pooling and one Linear"
     beside = "beside each its class activation map: orange for PNEUMONIA, blue for NORMAL"
     size, right, down = common.SIZE, 2 * common.SIZE + 16, common.SIZE + 44  # pixels from one to the next
@@ -699,8 +668,8 @@ def print_report(report):
     model, metrics, word = report["model"] or {}, report["metrics"], report["split"].capitalize()
     print(f"{word} accuracy: {metrics['accuracy']['value']:.3f}")
     print(f"{word} F1-score: {metrics['f1']['value']:.3f}\n")
-    parts = [model.get("file") or "unknown", model.get("arch"), model.get("weights") and f"weights {model['weights']}"]
-    parts += [model.get("epoch") and f"epoch {model['epoch']}", model.get("date")]
+    known = [f"{key} {model[key]}" for key in ("weights", "epoch") if model.get(key)]
+    parts = (model.get("file") or "unknown", model.get("arch"), *known, model.get("date"))
     print("Model      ", ", ".join(part for part in parts if part))
     print(f"Threshold   {report['threshold']:.4g} ({report['threshold_from']})")
     unknown = report["names_without_patient"]
@@ -720,37 +689,28 @@ def print_report(report):
     print(f"\n{'':22}{'predicted NORMAL':>18}{'predicted PNEUMONIA':>22}")
     print(f"{'truth NORMAL':22}{counts['tn']:>18}{counts['fp']:>22}")
     print(f"{'truth PNEUMONIA':22}{counts['fn']:>18}{counts['tp']:>22}\n")
+
+
+def print_checks(report):
+    """Calibration, the best one-number rule and the other model, each where there is one."""
     calibration, rule, other = report["calibration"], report["shortcut"], report["comparison"]
     if calibration["temperature"] != 1:
-        before, after = (calibration[k] for k in ("without", "with"))
-        print(
-            f"Calibration: the temperature {calibration['temperature']:.3g} changes the calibration error from "
-            f"{before['ece']:.3f} to {after['ece']:.3f}, Brier from {before['brier']:.3f} to {after['brier']:.3f}"
-        )
+        before, after = calibration["without"], calibration["with"]
+        ece, brier = (f"from {before[name]:.3f} to {after[name]:.3f}" for name in ("ece", "brier"))
+        temperature = f"the temperature {calibration['temperature']:.3g}"
+        print(f"Calibration: {temperature} changes the calibration error {ece}, Brier {brier}")
     if rule and "wrong" in rule:
-        print(
-            f"Best one-number rule, {rule['number']} {'>' if rule['sign'] > 0 else '<='} {rule['cut']:.5g}: accuracy "
-            f"{interval(rule['accuracy'])}\n  "
-            f"The network is {rule['network_is']}: difference {interval(rule['difference'])}"
-        )
+        found = f"{rule['number']} {'>' if rule['sign'] > 0 else '<='} {rule['cut']:.5g}"
+        print(f"Best one-number rule, {found}: accuracy {interval(rule['accuracy'])}")
+        print(f"  The network is {rule['network_is']}: difference {interval(rule['difference'])}")
     elif rule:
         print(f"Best one-number rule: none to compare with ({rule['none']})")
     if other:
         print(f"Compared with {other['with']} at threshold {other['threshold']:.4g}:")
         for name in COMPARED:
             print(f"  {name:10} {other['other'][name]['value']:.3f}, difference {interval(other['difference'][name])}")
-        print(
-            f"  {other['right_only_here']} images are right only here, {other['right_only_there']} only there: "
-            f"McNemar's exact p {other['mcnemar_p']:.3g}"
-        )
-
-
-def print_predictions(table, threshold):
-    width = max(map(len, table.files))
-    print(f"{'file':{width}}  P(PNEUMONIA)  prediction")
-    for name, prob, above, error in zip(table.files, table.probs, table.probs > threshold, table.errors, strict=True):
-        found = f"{'-':>12}  {error}" if error else f"{prob:12.3f}  {CLASSES[int(above)]}"
-        print(f"{name:{width}}  {found}")
+        right = f"{other['right_only_here']} images are right only here, {other['right_only_there']} only there"
+        print(f"  {right}: McNemar's exact p {other['mcnemar_p']:.3g}")
 
 
 def keep_evaluated(path):
@@ -763,76 +723,70 @@ def keep_evaluated(path):
         print(f"The predictions of {report['split']} that were in {path} are now in {kept}")
 
 
-def classify(args, model, images, table, threshold, source, device):
+def classify(args, model, images, table, report):
     """The table of named images, on the screen and in predictions.csv. Returns the exit status."""
-    keep_evaluated(args.results_dir / "predictions.csv")
-    write_predictions(args.results_dir / "predictions.csv", table, threshold)
-    print(f"Model {args.checkpoint}, threshold {threshold:.4g} ({source})\n")
-    print_predictions(table, threshold)
-    print(f"\nWritten: {args.results_dir / 'predictions.csv'}")
+    path, threshold = args.results_dir / "predictions.csv", report["threshold"]
+    keep_evaluated(path)
+    write_predictions(path, table, threshold)
+    print(f"Model {args.checkpoint}, threshold {threshold:.4g} ({report['threshold_from']})\n")
+    width = max(map(len, table.files))
+    print(f"{'file':{width}}  P(PNEUMONIA)  prediction")
+    for name, _, prob, error, prediction in table.predictions(threshold):
+        print(f"{name:{width}}  {f'{prob:.3f}' if not error else '-':>12}  {error or prediction}")
+    print(f"\nWritten: {path}")
     for warning in model.warnings:
         common.warn(warning)
-    readable = [image for image, error in zip(images, table.errors, strict=True) if not error]
     if args.cam:
-        write_overlays(args.cam, model, readable, device)
-    if len(readable) < len(images):
-        where = args.results_dir / "predictions.csv"
-        print(f"{len(images) - len(readable)} of {len(images)} images could not be read, see {where}", file=sys.stderr)
-    return 0 if len(readable) == len(images) else 2
+        write_overlays(args.cam, model, images)
+    if unreadable := len(table.files) - len(images):
+        print(f"{unreadable} of {len(table.files)} images could not be read, see {path}", file=sys.stderr)
+    return 2 if unreadable else 0
 
 
-def summarise(args, report, table, other, threshold, source):
+def summarise(args, report, table, other):
     """Adds every number to the report."""
-    import numpy as np
-
     files, labels, probs = table.readable()
-    metrics, counts, draws = measure(files, labels, probs, threshold, args.seed)
-    patients = [common.patient_of(Path(file).name) for file in files]
-    rule = report.get("shortcut")
+    threshold, rule, patients = report["threshold"], report.get("shortcut"), patients_of(files)
+    metrics, counts, draws = measured = measure(files, labels, probs, threshold, args.seed)
     return report | {
         "n": len(files),
         "patients": len({patient or file for patient, file in zip(patients, files, strict=True)}),
         "names_without_patient": patients.count(None),
         "unreadable": len(table.files) - len(files),
         "positive": CLASSES[1],
-        "threshold": threshold,
-        "threshold_from": source,
         "counts": counts,
         "metrics": metrics,
         "intervals": INTERVALS.format(proportions=", ".join(PROPORTIONS), draws=DRAWS, seed=args.seed),
-        "without_spread": [name for name in metrics if name not in PROPORTIONS and np.ptp(draws[name][:DRAWS]) == 0],
+        "without_spread": [k for k in metrics if k not in PROPORTIONS and len(set(draws[k][:DRAWS])) == 1],
         "subgroups": measure_subgroups(files, labels, probs, threshold),
         "calibration": measure_calibration(labels, probs, (report["model"] or {}).get("temperature") or 1.0),
-        "shortcut": rule and judge_rule(rule, files, labels, metrics, draws, args.seed),
-        "comparison": other and compare(args, table, other, threshold, metrics, draws),
+        "shortcut": rule and judge_rule(rule, files, labels, measured, args.seed),
+        "comparison": other and compare(args, table, other, threshold, measured),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
     }
 
 
-def write_report(args, report, table):
-    """predictions.csv, metrics.json and the pictures that need no images; returns the pictures' caption."""
-    write_predictions(args.results_dir / "predictions.csv", table, report["threshold"])
-    digest = common.hash_file(args.results_dir / "predictions.csv")
-    common.write_json(args.results_dir / "metrics.json", report | {"predictions_sha256": digest})
-    model = report["model"] or {}
-    parts = (Path(model.get("file") or "unknown model").name, model.get("arch"), model.get("date"))
+def write_report(args, report, table, model, images):
+    """predictions.csv, metrics.json and the pictures: worst.png only where there are images."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    folder, about, (_, labels, probs) = args.results_dir, report["model"] or {}, table.readable()
+    write_predictions(folder / "predictions.csv", table, report["threshold"])
+    digest = common.hash_file(folder / "predictions.csv")
+    common.write_json(folder / "metrics.json", report | {"predictions_sha256": digest})
+    parts = (Path(about.get("file") or "unknown model").name, about.get("arch"), about.get("date"))
     caption = f"{report['split']}: {report['n']} images of {report['patients']} patients; "
     caption += ", ".join(part for part in parts if part)
-    _, labels, probs = table.readable()
-    for name, draw in PICTURES.items():
-        with picture(args.results_dir / f"{name}.png", caption) as figure:
+    with matplotlib.rc_context(STYLE):
+        for name, draw in PICTURES.items():
+            figure = Figure((5, 4.6), layout="constrained")
             draw(figure.add_subplot(), labels, probs, report)
-    return caption
-
-
-PACKAGES = ("torch", "torchvision", "torchmetrics", "numpy", "pillow", "matplotlib")
-PICTURES = {
-    "roc": draw_roc,
-    "precision_recall": draw_precision_recall,
-    "confusion": draw_confusion,
-    "reliability": draw_reliability,
-    "scores": draw_scores,
-}
+            figure.supxlabel(caption, fontsize=7, color="dimgrey")
+            with replacing(folder / f"{name}.png") as file:
+                figure.savefig(file, format="png", dpi=120)
+    if images:
+        draw_worst(folder / "worst.png", model, images, probs, report["threshold"], caption)
 
 
 # ---------------------------------------------------------------- main
@@ -846,6 +800,7 @@ def probability(text):
 
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
+    parser.set_defaults(images=[], threshold=None, cam=None, source=None, compare=None)
     shared = ("--data-dir", "--checkpoint", "--results-dir", "--device", "--batch-size", "--workers", "--cache-dir")
     common.add_flags(parser, *shared, "--no-cache", "--skip-bad", "--seed")
     add, none = parser.add_argument, argparse.SUPPRESS  # SUPPRESS: no "default: None" in the help
@@ -858,8 +813,7 @@ def parse_args(argv=None):
     add("--from", type=Path, default=none, dest="source", metavar="CSV", help=again)
     versus = "predictions.csv of another model for the same images: the difference (--threshold then holds for both)"
     add("--compare", type=Path, default=none, metavar="CSV", help=versus)
-    absent = dict(images=[], threshold=None, cam=None, source=None, compare=None)
-    args = parser.parse_args(argv, argparse.Namespace(**absent))
+    args = parser.parse_args(argv)
     if args.images and (args.source or args.compare):
         parser.error("FILE_OR_FOLDER: --from and --compare need labels, and work on a split only")
     if args.source and args.cam:
@@ -875,49 +829,45 @@ def require_outputs(args):
 
 
 def run_network(args):
-    """(model, images, their Table, threshold, where it came from, device) for a split or the named images."""
-    import torch
-
+    """(model, its readable images, Table of all, what the report says so far) for a split or the named images."""
     images = named_images(args.images) or common.read_split(args.data_dir, args.split)[args.split]
     device, dtype = common.pick_device(args.device)
-    model = load_model(args.checkpoint)
+    model = load_model(args.checkpoint, device)
     rule = model.info.get("threshold_rule", "fixed")
     source = f"{args.checkpoint.with_suffix('.json')}, {'fixed in advance' if rule == 'fixed' else f'{rule} on val'}"
-    threshold, source = choose_threshold(args, model.info.get("threshold"), source)
-    noise = torch.randint(256, (1, 3, common.SIZE, common.SIZE), dtype=torch.uint8)
+    report = {"split": args.split, "model": model.about, "warnings": [*model.warnings]}
+    report |= choose_threshold(args, model.info.get("threshold"), source)
+    noise = model.weight.new_empty(1, 3, common.SIZE, common.SIZE).random_(256)
     if args.cam and class_maps(model, noise) is None:
         reason = "does not end in global average pooling and one Linear, so that it has no class activation map"
         raise Failure(f"--cam: {model.info['arch']} {reason}; leave --cam out")
     require_outputs(args)
-    return model, images, predict(model, images, args, device, dtype), threshold, source, device
+    table = predict(model, images, args, dtype)
+    return model, [image for image, error in zip(images, table.errors, strict=True) if not error], table, report
 
 
 def evaluate(args):
     other = read_predictions(args.compare) if args.compare else None
     if args.source:
-        table, seen = read_predictions(args.source), report_beside(args.source)
-        report = {key: seen.get(key) for key in ("model", "shortcut")}
-        report |= {"split": seen.get("split", args.split), "warnings": seen.get("warnings", [])}
-        threshold, source = choose_threshold(args, seen.get("threshold"), seen.get("threshold_from"))
+        table, seen, model, images = read_predictions(args.source), report_beside(args.source), None, []
+        report = {"model": None, "shortcut": None, "split": args.split, "warnings": []}
+        report |= {key: seen[key] for key in report if key in seen}
+        report |= choose_threshold(args, seen.get("threshold"), seen.get("threshold_from"))
         require_outputs(args)
     else:
-        model, images, table, threshold, source, device = run_network(args)
+        model, images, table, report = run_network(args)
         if args.images:
-            return classify(args, model, images, table, threshold, source, device)
-        rows = [row for row, error in enumerate(table.errors) if not error]
-        images = [images[row] for row in rows]
-        warnings = [*model.warnings, *find_leaks(model, images, args.split)]
-        report = {"split": args.split, "model": model.about, "warnings": warnings}
+            return classify(args, model, images, table, report)
+        report["warnings"] += find_leaks(model, images, args.split)
         if args.split == "test":
-            report["shortcut"] = best_rule(args, images, [table.files[row] for row in rows])
+            report["shortcut"] = best_rule(args, images, table.readable()[0])
 
-    report = summarise(args, report, table, other, threshold, source)
+    report = summarise(args, report, table, other)
     print_report(report)
-    caption = write_report(args, report, table)
-    if not args.source:
-        draw_worst(args.results_dir / "worst.png", model, images, table.probs[rows], threshold, device, caption)
-        if args.cam:
-            write_overlays(args.cam, model, images, device)
+    print_checks(report)
+    write_report(args, report, table, model, images)
+    if args.cam:
+        write_overlays(args.cam, model, images)
     print(f"Written: metrics.json, predictions.csv and pictures in {args.results_dir}")
     if args.source:
         print("Not drawn again, for want of the images: worst.png")

@@ -579,7 +579,7 @@ def test_the_map_is_the_head_s_weights_times_the_last_feature_map(arch, data):
     network, _, width, _ = common.build_network(arch)
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(width, generator=generator), torch.tensor(0.7)
-    model = evaluate.Model(network, weight, bias, {}, {}, [])
+    model = evaluate.Model(network, weight, bias, {}, {}, [], torch.device("cpu"))
     paths = [path for path, _ in common.list_split(data, "test")][::15]
     pixels = torch.stack([torch.from_numpy(np.array(Image.open(path).convert("RGB"))) for path in paths]).permute(
         0, 3, 1, 2
