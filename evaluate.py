@@ -416,6 +416,8 @@ def find_leaks(model, images, split):
 def numbers_of(path):
     try:
         return common.image_numbers(path)
+    except MemoryError:
+        raise
     except Exception:  # damaged files make decoders raise nearly anything
         return None
 
@@ -513,6 +515,8 @@ def overlays(model, images):
 
     for start in range(0, len(images), 16):
         views = common.Views([(image.path, image.digest, [0]) for image in images[start : start + 16]])
+        for number, view in (pair for pair in views if isinstance(pair[1], str)):
+            raise Failure(f"{images[start + number].path}: {view}; it could still be read a moment ago")
         pixels = torch.cat([torch.from_numpy(view) for _, view in views])
         maps = class_maps(model, pixels.permute(0, 3, 1, 2).to(model.device))
         for i, view in enumerate(pixels):
@@ -852,7 +856,8 @@ def evaluate(args):
         table, seen, model, images = read_predictions(args.source), report_beside(args.source), None, []
         report = {"model": None, "shortcut": None, "split": args.split, "warnings": []}
         report |= {key: seen[key] for key in report if key in seen}
-        report |= choose_threshold(args, seen.get("threshold"), seen.get("threshold_from"))
+        source = seen.get("threshold_from") or args.source.with_name("metrics.json")
+        report |= choose_threshold(args, seen.get("threshold"), str(source))
         require_outputs(args)
     else:
         model, images, table, report = run_network(args)

@@ -555,6 +555,22 @@ def test_the_rule_is_reported_beside_the_network_with_the_paired_difference(run,
     assert rule["network_is"] == expected
 
 
+def test_a_full_memory_while_the_rule_is_fitted_is_one_line_and_4(run, monkeypatch, capsys):
+    def full(path):
+        raise MemoryError
+
+    monkeypatch.setattr(common, "image_numbers", full)
+    assert run() == 4 and "memory is full" in (error := capsys.readouterr().err) and error.count("\n") == 1
+
+
+def test_an_image_that_vanishes_after_the_pass_is_one_line_and_2(run, data, tmp_path, monkeypatch, capsys):
+    image = shutil.copy(sorted((data / "test" / "PNEUMONIA").iterdir())[0], tmp_path / "x.jpeg")
+    true = evaluate.predict
+    monkeypatch.setattr(evaluate, "predict", lambda *args: (true(*args), Path(image).unlink())[0])
+    assert run(image, "--cam", tmp_path / "maps") == 2
+    assert f"{image}: No such file" in (error := capsys.readouterr().err) and error.count("\n") == 1
+
+
 def test_without_training_images_the_rule_is_left_out_with_a_note(run, data, tmp_path, capsys):
     shutil.copytree(data / "test", tmp_path / "data" / "test")
     assert run("--data-dir", tmp_path / "data") == 0
@@ -761,6 +777,7 @@ def test_from_takes_the_threshold_beside_it_and_refuses_a_file_that_it_does_not_
     assert evaluate.main(flags) == 0 and read_report(tmp_path / "b")["threshold"] == 0.5
     (tmp_path / "a" / "metrics.json").write_text(json.dumps({"threshold": 0.25}))
     assert evaluate.main(flags) == 0 and read_report(tmp_path / "b")["threshold"] == 0.25
+    assert read_report(tmp_path / "b")["threshold_from"] == str(tmp_path / "a" / "metrics.json")
     common.write_json(tmp_path / "a" / "metrics.json", {"threshold": 0.25, "predictions_sha256": "0" * 64})
     for more in ([], ["--compare", str(source)]):
         assert evaluate.main([*flags, *more]) == 2
