@@ -186,14 +186,16 @@ def bench_growth(folder):
         "args = Namespace(no_cache=False, cache_dir=Path(sys.argv[2]), batch_size=32, workers=2)\n"
         "start = time.perf_counter()\n"
         "features, _ = common.extract_features(network, width, images, [1] * len(images), args, device, dtype)\n"
-        "print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, features.nbytes)\n"
+        "taken, status = time.perf_counter() - start, Path('/proc/self/status')\n"
+        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"  # on Linux that of this process's parent counts
+        "peak = int(status.read_text().split('VmHWM:')[1].split()[0]) * 1024 if status.exists() else peak\n"
+        "print(taken, peak, features.nbytes)\n"
     )
     data = draw_data(folder, train=1600, val=1)
     for factor in (1, 4, 16):
         command = [sys.executable, "-c", code, str(data), str(folder / f"cache{factor}"), str(200 * factor)]
         out = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
         taken, peak, features = map(float, out.split())
-        peak *= 1 if sys.platform == "darwin" else 1024
         time_and_memory = f"{taken / factor * 5:6.2f} ms/image, {(peak - features) / 1e6:5.0f} MB beyond the features"
         print(f"(f) {200 * factor:5d} images through a ResNet-18: {time_and_memory}", flush=True)
 
