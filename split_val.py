@@ -30,13 +30,28 @@ from common import CLASSES, SPLIT_FILE, Failure, patient_of, warn
 # ---------------------------------------------------------------- the choice
 
 
-def group_patients(paths):
-    """{patient: paths} by the cautious key; an image whose name tells no patient is a group of its own."""
+def grouped(items, key):
+    """{key(item): items with that key}, in the order of their first."""
     groups = {}
-    for path in paths:
-        own = f"{path.parent.name}/{path.name}"  # the same file name may stand in both classes
-        groups.setdefault(patient_of(path.name, cautious=True) or own, []).append(path)
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
     return groups
+
+
+def patient_key(path):
+    """The cautious key of an image's patient; the image's own path where its name tells no patient."""
+    # with the folder: the same file name may stand in both classes
+    return patient_of(path.name, cautious=True) or f"{path.parent.name}/{path.name}"
+
+
+def count(files):
+    """How many files of each class, in words; files: {class: names}."""
+    return " and ".join(f"{len(files[name])} {name}" for name in CLASSES)
+
+
+def paths_of(files):
+    """[Path(class, name)] of files: {class: names}."""
+    return [Path(name, file) for name in CLASSES for file in files[name]]
 
 
 def choose_groups(sizes, n):
@@ -66,10 +81,10 @@ def plan_split(data_dir, n, seed):
     """The record of a split that is about to begin; writes nothing."""
     train = [path for path, _ in common.list_split(data_dir, "train")]
     test = [path for path, _ in common.list_split(data_dir, "test")] if (data_dir / "test").exists() else []
-    counts = Counter(path.parent.name for path in train)
-    if n >= min(counts.values()):
-        found = " and ".join(f"{counts[name]} {name}" for name in CLASSES)
-        raise Failure(f"--per-class {n}: {data_dir / 'train'} has {found} images, and some of each must stay; ask less")
+    by_class = grouped(train, lambda path: path.parent.name)
+    if n >= min(map(len, by_class.values())):
+        has = f"{data_dir / 'train'} has {count(by_class)} images"
+        raise Failure(f"--per-class {n}: {has}, and some of each must stay; ask less")
     if unknown := sum(patient_of(path.name) is None for path in train):
         warn(f"{unknown} names in train/ tell no patient; each such image counts as a patient of its own")
     with ThreadPoolExecutor() as pool:
@@ -78,7 +93,7 @@ def plan_split(data_dir, n, seed):
         raise Failure(f"{unreadable[0]}: cannot be read ({len(unreadable)} such images); repair or remove it")
 
     # ordered by SHA-256, not shuffled: the same on every machine and in every version of Python
-    patients = group_patients(train)
+    patients = grouped(train, patient_key)
     order = sorted(patients, key=lambda patient: hashlib.sha256(os.fsencode(f"{seed}/{patient}")).digest())
     sizes = [tuple(sum(path.parent.name == name for path in patients[key]) for name in CLASSES) for key in order]
     chosen, total = choose_groups(sizes, n)
@@ -172,20 +187,19 @@ def list_val(data_dir):
 def list_moves(data_dir, moved, source, target):
     """[(from, to)] of the renames that remain to be done; a Failure where one of them could not be."""
     folders, moves, gone = {data_dir}, [], []
-    for name in CLASSES:
-        old, new = data_dir / source / name, data_dir / target / name
-        for file in moved[name]:
-            if os.path.lexists(old / file) and os.path.lexists(new / file):
-                raise Failure(f"{new / file}: exists already, and so does {old / file}; remove one of them")
-            if os.path.lexists(old / file):
-                moves.append((old / file, new / file))
-            elif not os.path.lexists(new / file):
-                gone.append(old / file)
-        if moves and moves[-1][0].parent == old:
-            home = next(folder for folder in (new, new.parent, data_dir) if folder.exists())
-            folders |= {old, home}
-            if old.stat().st_dev != home.stat().st_dev:
-                raise Failure(f"{home}: on another file system than {old}; put both on one")
+    for file in paths_of(moved):
+        old, new = data_dir / source / file, data_dir / target / file
+        if os.path.lexists(old) and os.path.lexists(new):
+            raise Failure(f"{new}: exists already, and so does {old}; remove one of them")
+        if os.path.lexists(old):
+            moves.append((old, new))
+        elif not os.path.lexists(new):
+            gone.append(old)
+    for old, new in {old.parent: new.parent for old, new in moves}.items():
+        home = next(folder for folder in (new, new.parent, data_dir) if folder.exists())
+        folders |= {old, home}
+        if old.stat().st_dev != home.stat().st_dev:
+            raise Failure(f"{home}: on another file system than {old}; put both on one")
     for folder in sorted(folders):
         if not os.access(folder, os.W_OK | os.X_OK):
             raise Failure(f"{folder}: not writable, and images are to be moved; change its permissions")
@@ -235,32 +249,25 @@ def split(args):
         common.write_json(path, record)
         move(data_dir, moves)
         common.write_json(path, record | {"state": "done"})
-        files = [Path(name, file) for name in CLASSES for file in record["moved"][name]]
-        moved = " and ".join(f"{len(record['moved'][name])} {name}" for name in CLASSES)
-        print(
-            f"Moved {moved} images of {len(group_patients(files))} patients from {data_dir / 'train'} to "
-            f"{data_dir / 'val'} (seed {record['seed']})"
-        )
+        moved = f"{count(record['moved'])} images of {len(set(map(patient_key, paths_of(record['moved']))))} patients"
+        print(f"Moved {moved} from {data_dir / 'train'} to {data_dir / 'val'} (seed {record['seed']})")
 
 
 def keep_foreign(data_dir, val):
-    found = " and ".join(f"{len(val[name])} {name}" for name in CLASSES)
-    print(f"{data_dir / 'val'} came with the data ({found} images) and is left alone")
+    print(f"{data_dir / 'val'} came with the data ({count(val)} images) and is left alone")
     if min(map(len, val.values())) < 30:  # 30 + 30 images: the accuracy's 95 % interval is some 20 points wide
         warn("so few images make early stopping a lottery; --undo takes them back into train/, then split again")
 
 
 def confirm(data_dir, record, val):
     """Says that the split is done; a Failure where the files contradict the record."""
-    for name in CLASSES:
-        for file in record["moved"][name]:
-            if file not in val[name] or os.path.lexists(data_dir / "train" / name / file):
-                raise Failure(
-                    f"{data_dir / 'val' / name / file}: expected there and no longer in train/, as {SPLIT_FILE} says; "
-                    "restore it and remove any copy in train/, or start over with --undo"
-                )
-    found = " and ".join(f"{len(val[name])} {name}" for name in CLASSES)
-    print(f"{data_dir}: already split, {found} images in val/ (seed {record['seed']}); nothing moved")
+    for file in paths_of(record["moved"]):
+        if file.name not in val[file.parent.name] or os.path.lexists(data_dir / "train" / file):
+            raise Failure(
+                f"{data_dir / 'val' / file}: expected there and no longer in train/, as {SPLIT_FILE} says; "
+                "restore it and remove any copy in train/, or start over with --undo"
+            )
+    print(f"{data_dir}: already split, {count(val)} images in val/ (seed {record['seed']}); nothing moved")
 
 
 def undo(args):
@@ -271,7 +278,7 @@ def undo(args):
             if not any(val.values()):
                 print(f"{data_dir}: nothing to undo")
                 return
-            hashes = {f"val/{name}/{file}": "" for name in CLASSES for file in val[name]}
+            hashes = {f"val/{file.as_posix()}": "" for file in paths_of(val)}
             record = dict(format=1, state="", seed=0, per_class=0, grouping="val/ as it came", moved=val, sha256=hashes)
         put_back(data_dir, record)
 
@@ -288,7 +295,7 @@ def put_back(data_dir, record):
     sync(data_dir)
     (data_dir / SPLIT_FILE).unlink()
     sync(data_dir)
-    back = sum((data_dir / "train" / name / file).exists() for name in CLASSES for file in record["moved"][name])
+    back = sum((data_dir / "train" / file).exists() for file in paths_of(record["moved"]))
     print(f"Moved {back} images back from {data_dir / 'val'} to {data_dir / 'train'}")
     if left := sum(map(len, list_val(data_dir).values())):
         warn(f"{left} images in {data_dir / 'val'} did not come from the split and stay there")
@@ -312,8 +319,7 @@ class Seen(NamedTuple):
     digest: str  # SHA-256 of the file
     patient: str | None  # by the strict key: the cautious one would report different patients across splits
     numbers: dict
-    mode: str
-    format: str
+    kinds: dict  # size, mode and format as the report names them
     pixels: str  # SHA-256 of the grey levels as decoded
     copy: np.ndarray  # uint8 (96, 96), the grey levels, small
 
@@ -330,14 +336,14 @@ def look_at(split, label, path):
     try:
         numbers, grey = common.image_numbers(path), common.load_image(path).convert("L")
         with Image.open(path) as image:
-            mode, kind = image.mode, image.format
+            kinds = {"sizes": f"{image.width}x{image.height}", "modes": image.mode, "formats": image.format}
     except Exception as error:  # damaged files make decoders raise nearly anything
         if isinstance(error, MemoryError):
             raise
         return file, common.explain_unreadable(path, error)
     pixels = hashlib.sha256(f"{grey.size}".encode() + grey.tobytes()).hexdigest()
     copy = np.asarray(grey.resize((96, 96), Image.Resampling.BOX))
-    return Seen(file, split, label, common.hash_file(path), patient_of(path.name), numbers, mode, kind, pixels, copy)
+    return Seen(file, split, label, common.hash_file(path), patient_of(path.name), numbers, kinds, pixels, copy)
 
 
 def box_mean(copies, size):
@@ -459,27 +465,25 @@ def find_shift(seen, scored):
     table = {}
     for label, name in enumerate(CLASSES):
         images = [image for image in seen if image.label == label]
-        held = np.array([image.split == scored for image in images], dtype=int)
-        for number in seen[0].numbers:
-            value = auroc(np.array([image.numbers[number] for image in images]), held)
-            table.setdefault(number, {})[name] = {"auroc": max(value, 1 - value)}
-        pixels = as_rows(images)
+        held, pixels = np.array([image.split == scored for image in images], dtype=int), as_rows(images)
+        found = {key: auroc(np.array([image.numbers[key] for image in images]), held) for key in images[0].numbers}
+        found = {key: max(value, 1 - value) for key, value in found.items()}
         # fitted and scored on different patients; by a checksum, so that other files do not change an image's fold
         folds = np.array([zlib.crc32(os.fsencode(image.patient or image.file)) % 5 for image in images])
-        for number, x in (("3-pixel border", pixels[:, BORDER]), ("32x32 pixels", pixels)):
+        for key, x in (("3-pixel border", pixels[:, BORDER]), ("32x32 pixels", pixels)):
             values = np.zeros(len(images))
             for fold in np.unique(folds):
                 values[folds == fold] = fit_pixels(x[folds != fold], held[folds != fold], x[folds == fold])
-            table.setdefault(number, {})[name] = {"auroc": auroc(values, held)}
-        for row in table.values():
-            row[name]["alarm"] = alarming(row[name]["auroc"], held)
-    rows = [{"number": number} | row for number, row in table.items()]
-    return sorted(rows, key=lambda row: -max(row[name]["auroc"] for name in CLASSES))
+            found[key] = auroc(values, held)
+        for key, value in found.items():
+            row = table.setdefault(key, {"number": key})
+            row[name] = {"auroc": value, "alarm": alarming(value, held)}
+    return sorted(table.values(), key=lambda row: -max(row[name]["auroc"] for name in CLASSES))
 
 
-def find_leaks(seen):
-    """What occurs more than once: {key: list or dict for the report}, errors, warnings (sentences)."""
-    errors, warnings, report = [], [], {"same": [], "nearly_same": [], "patients_across": {}}
+def find_leaks(seen, errors, warnings):
+    """What occurs more than once, for the report; adds a sentence for each to errors or warnings."""
+    report = {"same": [], "nearly_same": [], "patients_across": {}}
     same, similar = find_copies(seen)
     for i, j in sorted(same):
         a, b = seen[i], seen[j]
@@ -491,45 +495,44 @@ def find_leaks(seen):
         report["nearly_same"].append([a.file, b.file, alike])
         leak = a.split != b.split and "test" in (a.split, b.split)
         (errors if leak else warnings).append(f"{a.file} is nearly the same image as {b.file} (correlation {alike})")
-    patients = {}
-    for image in seen:
-        patients.setdefault(image.patient, []).append(image)
-    report["no_patient"] = [image.file for image in patients.pop(None, [])]
-    if files := report["no_patient"]:
+    patients = grouped(seen, lambda image: image.patient)
+    files = report["no_patient"] = [image.file for image in patients.pop(None, [])]
+    if files:
         warnings.append(f"{files[0]}: the name tells no patient ({len(files)} such images)")
     pairs = report["same_patient_pairs"] = dict.fromkeys([image.split for image in seen], 0)
     for patient, images in patients.items():
         splits = Counter(image.split for image in images)
-        for name, count in splits.items():
-            pairs[name] += count * (count - 1) // 2
+        for name, number in splits.items():
+            pairs[name] += number * (number - 1) // 2
         if len(splits) > 1:
             report["patients_across"][patient] = [image.file for image in images]
             (errors if "test" in splits else warnings).append(f"patient {patient} is in {' and '.join(splits)}")
-    return report, errors, warnings
+    return report
 
 
-def count_by(seen, value):
-    """{value(image): {folder: images}}, the most frequent first."""
-    table = {}
-    for image in seen:
-        table.setdefault(value(image), Counter())[image.folder] += 1
-    return dict(sorted(table.items(), key=lambda row: -sum(row[1].values())))
-
-
-def find_kinds(seen):
-    """Sizes, modes and formats, for the report, and warnings of those that tell the class."""
-    report = {
-        "sizes": count_by(seen, lambda image: "{width:.0f}x{height:.0f}".format(**image.numbers)),
-        "modes": count_by(seen, lambda image: image.mode),
-        "formats": count_by(seen, lambda image: image.format),
-    }
-    warnings = []
+def find_kinds(seen, warnings):
+    """Sizes, modes and formats, {kind: {folder: images}} each; adds a warning for what tells the class."""
+    report = {}
+    for name in seen[0].kinds:
+        counts = {}
+        for image in seen:
+            counts.setdefault(image.kinds[name], Counter())[image.folder] += 1
+        report[name] = dict(sorted(counts.items(), key=lambda row: -row[1].total()))
     for kind, folders in [*report["modes"].items(), *report["formats"].items()]:
-        count = sum(folders.values())
         # that 8 images of a balanced set are all of one class happens by chance once in 128 times
-        if len({folder.split("/")[1] for folder in folders}) == 1 and count >= 8:
-            warnings.append(f"shortcut: {count} {kind} images, all in {' and '.join(folders)}")
-    return report, warnings
+        if len({folder.split("/")[1] for folder in folders}) == 1 and folders.total() >= 8:
+            warnings.append(f"shortcut: {folders.total()} {kind} images, all in {' and '.join(folders)}")
+    return report
+
+
+def find_alarms(shortcuts, shift, scored):
+    """The sentences on the numbers that alone tell the classes, or the split `scored`."""
+    rows = [row["number"] for row in shortcuts if row["alarm"]]
+    texts = [f"shortcut: {', '.join(rows)}: each alone separates the classes of {scored}/"] if rows else []
+    for name in CLASSES:
+        if rows := [row["number"] for row in shift if row[name]["alarm"]]:
+            texts.append(f"shift: {', '.join(rows)}: each alone tells {scored}/{name} from the other {name} images")
+    return texts
 
 
 def examine(data_dir):
@@ -545,18 +548,12 @@ def examine(data_dir):
     unreadable = [result for result in results if not isinstance(result, Seen)]
     if len({image.folder for image in seen}) < 2 * len(splits):
         raise Failure(f"{data_dir}: no image of a folder can be read ({': '.join(unreadable[0])})")
-    leaks, errors, warnings = find_leaks(seen)
     changed = [image.file for image in seen if record["sha256"].get(image.file, image.digest) != image.digest]
-    errors = [f"{file}: {reason}" for file, reason in unreadable] + errors
+    errors, warnings = [f"{file}: {reason}" for file, reason in unreadable], []
+    leaks, kinds = find_leaks(seen, errors, warnings), find_kinds(seen, warnings)
     errors += [f"{file} changed since {SPLIT_FILE} recorded it" for file in changed]
-    kinds, more = find_kinds(seen)
     shortcuts = find_shortcuts(seen, splits[-1])
     shift = find_shift(seen, splits[-1]) if splits[1:] else []
-    if names := [row["number"] for row in shortcuts if row["alarm"]]:
-        more.append(f"shortcut: {', '.join(names)}: each alone separates the classes of {splits[-1]}/")
-    for name in CLASSES:
-        if names := [row["number"] for row in shift if row[name]["alarm"]]:
-            more.append(f"shift: {', '.join(names)}: each alone tells {splits[-1]}/{name} from the other {name} images")
     return {
         "format": 1,
         "images": Counter(image.folder for image in seen),
@@ -569,7 +566,7 @@ def examine(data_dir):
         "shortcuts": shortcuts,
         "shift": shift,
         "errors": errors,
-        "warnings": warnings + more,
+        "warnings": warnings + find_alarms(shortcuts, shift, splits[-1]),
     }
 
 
@@ -620,19 +617,17 @@ def check(args):
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
     common.add_flags(parser, "--data-dir", "--seed")
-    parser.add_argument(
+    add, add_verb = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    add(
         "--per-class",
         type=common.at_least(int, 1),
         default=50,
         metavar="N",
         help="images of each class to move into val/",
     )
-    verbs = parser.add_mutually_exclusive_group()
-    verbs.add_argument("--undo", action="store_true", help="move the images of val/ back into train/")
-    verbs.add_argument(
-        "--check", action="store_true", help="report leaks, duplicates, shortcuts and shift; move nothing"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="with --check: the report for machines")
+    add_verb("--undo", action="store_true", help="move the images of val/ back into train/")
+    add_verb("--check", action="store_true", help="report leaks, duplicates, shortcuts and shift; move nothing")
+    add("--json", type=Path, metavar="FILE", help="with --check: the report for machines")
     args = parser.parse_args(argv)
     if args.json and not args.check:
         parser.error("--json needs --check")
