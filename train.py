@@ -11,10 +11,13 @@ and into results/: history.csv, curves.png and samples.png.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import io
 import math
+import platform
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -46,6 +49,7 @@ class Trained(NamedTuple):
 
 
 HISTORY = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr")
+EPOCH_LINE = "Epoch [{}/{epochs}], Train Loss: {:.4f}, Train Acc: {:.4f}, Val Loss: {:.4f}, Val Acc: {:.4f}, LR: {:.1e}"
 
 # ---------------------------------------------------------------- weights
 
@@ -113,14 +117,13 @@ def standardise(features, rows):
     The deviation has a floor, a tenth of the deviations' root mean square: a feature that hardly moves in training
     must not be blown up when it moves in validation.
     """
-    import torch
-
-    total = torch.zeros(2, features.shape[2], dtype=torch.float64)
-    for chunk in torch.as_tensor(rows).split(64):
-        x = features[chunk].flatten(0, 1).double()
-        total += torch.stack([x.sum(0), x.square().sum(0)])
-    mean, square = total / (len(rows) * features.shape[1])
-    std = (square - mean.square()).clamp(min=0).sqrt()
+    total = squares = 0
+    for start in range(0, len(rows), 64):
+        x = features[rows[start : start + 64]].flatten(0, 1).double()
+        total, squares = total + x.sum(0), squares + x.square().sum(0)
+    count = len(rows) * features.shape[1]
+    mean = total / count
+    std = (squares / count - mean.square()).clamp(min=0).sqrt()
     std = std.clamp(min=max(0.1 * std.square().mean().sqrt().item(), 1e-12))
     return mean.float(), std.float()
 
@@ -134,24 +137,24 @@ class Heads:
 
     def __init__(self, features, labels, heads):
         import torch
+        from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-        width = features.shape[2]
-        moments = [standardise(features, head.train) for head in heads]
-        self.mean, self.std = (torch.stack(part) for part in zip(*moments, strict=True))
+        self.features, self.labels = features, labels
+        self.train = [torch.as_tensor(head.train) for head in heads]
+        self.val = [torch.as_tensor(head.val) for head in heads]
+        self.mean, self.std = map(torch.stack, zip(*(standardise(features, rows) for rows in self.train), strict=True))
         self.generators = [torch.Generator().manual_seed(head.seed) for head in heads]
+        width = features.shape[2]
         bound = 1 / math.sqrt(width)  # as nn.Linear draws its weights
         self.weights = [torch.empty(width).uniform_(-bound, bound, generator=g) for g in self.generators]
         self.biases = [torch.empty(()).uniform_(-bound, bound, generator=g) for g in self.generators]
-        positives = [labels[head.train].sum() for head in heads]
-        self.pos_weight = torch.stack([(len(h.train) - p) / p for h, p in zip(heads, positives, strict=True)])[:, None]
+        positives = torch.stack([labels[rows].sum() for rows in self.train])
+        self.pos_weight = ((torch.tensor([len(rows) for rows in self.train]) - positives) / positives)[:, None]
         self.optimizers = [
             torch.optim.Adam([w.requires_grad_(), b.requires_grad_()], lr=head.lr, weight_decay=head.weight_decay)
             for w, b, head in zip(self.weights, self.biases, heads, strict=True)
         ]
-        self.schedulers = [
-            torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=2)
-            for optimizer in self.optimizers
-        ]
+        self.schedulers = [ReduceLROnPlateau(optimizer, factor=0.5, patience=2) for optimizer in self.optimizers]
 
     def folded(self, active):
         """weight (K, width) and bias (K,) for raw features of the heads in `active`."""
@@ -161,62 +164,55 @@ class Heads:
         bias = torch.stack([self.biases[k] for k in active]) - (weight * self.mean[active]).sum(1)
         return weight, bias
 
-    def losses(self, x, y, active):
-        """(loss of each image, whether it is classified right at 0.5), both (K, B), of x (K, B, width), y (K, B)."""
+    def batches(self, active, rows, views, size):
+        """Batch by batch the summed loss and the number of images right at 0.5, (2, K), and the number of images, (K,).
+
+        rows, views: int64 tensors, one a head. A head that has fewer than the others is filled up with images that
+        the mask takes out of the sums.
+        """
         import torch
         from torch.nn import functional as F
+        from torch.nn.utils.rnn import pad_sequence
 
-        weight, bias = self.folded(active)
-        logits = torch.einsum("kbd,kd->kb", x, weight) + bias[:, None]
-        loss = F.binary_cross_entropy_with_logits(logits, y, pos_weight=self.pos_weight[active], reduction="none")
-        return loss, (logits > 0) == (y > 0.5)
-
-
-def padded(batches):
-    """Rows of unequal length as (K, B) tensors: the rows, and whether an entry is one (1.0) or only fills up (0.0)."""
-    import torch
-
-    rows = torch.nn.utils.rnn.pad_sequence(batches, batch_first=True)
-    counts = torch.tensor([len(batch) for batch in batches])
-    return rows, (torch.arange(rows.shape[1]) < counts[:, None]).float()
+        parts = rows, views, [torch.ones(len(each)) for each in rows]
+        padded = (pad_sequence(part, batch_first=True).split(size, 1) for part in parts)
+        for batch, view, mask in zip(*padded, strict=True):
+            weight, bias = self.folded(active)
+            logits = torch.einsum("kbd,kd->kb", self.features[batch, view], weight) + bias[:, None]
+            y, pos_weight = self.labels[batch], self.pos_weight[active]
+            loss = F.binary_cross_entropy_with_logits(logits, y, pos_weight=pos_weight, reduction="none")
+            correct = (logits > 0) == (y > 0.5)
+            yield torch.stack([(loss * mask).sum(1), (correct * mask).sum(1)]), mask.sum(1)
 
 
-def train_epoch(model, features, labels, heads, active, batch_size):
+def train_epoch(model, active, batch_size):
     """One epoch: every training image once, in one randomly drawn view. Mean loss and accuracy of each active head."""
     import torch
 
-    sums = torch.zeros(2, len(active))
-    order, views = [], []
+    order, views, total = [], [], 0
     for k in active:
-        generator, n = model.generators[k], len(heads[k].train)
-        order.append(torch.as_tensor(heads[k].train)[torch.randperm(n, generator=generator)].split(batch_size))
-        views.append(torch.randint(features.shape[1], (n,), generator=generator).split(batch_size))
-    empty = torch.empty(0, dtype=torch.long)
-    for step in range(max(map(len, order))):
-        rows, mask = padded([batches[step] if step < len(batches) else empty for batches in order])
-        view, _ = padded([batches[step] if step < len(batches) else empty for batches in views])
-        loss, correct = model.losses(features[rows, view], labels[rows], active)
+        rows, generator = model.train[k], model.generators[k]
+        order.append(rows[torch.randperm(len(rows), generator=generator)])
+        views.append(torch.randint(model.features.shape[1], rows.shape, generator=generator))
+    for sums, counts in model.batches(active, order, views, batch_size):
         for k in active:
             model.optimizers[k].zero_grad()
-        ((loss * mask).sum(1) / mask.sum(1).clamp(min=1)).sum().backward()
-        for k, batches in zip(active, order, strict=True):
-            if step < len(batches):
+        (sums[0] / counts.clamp(min=1)).sum().backward()
+        for k, count in zip(active, counts, strict=True):
+            if count:
                 model.optimizers[k].step()
-        sums += torch.stack([(loss.detach() * mask).sum(1), (correct * mask).sum(1)])
-    return sums / torch.tensor([len(heads[k].train) for k in active])
+        total += sums.detach()
+    return total / torch.tensor([len(rows) for rows in order])
 
 
-def validate(model, features, labels, heads, active, chunk=256):
+def validate(model, active):
     """Mean loss and accuracy of each active head on its validation images, view 0."""
     import torch
 
-    sums = torch.zeros(2, len(active))
-    all_rows, all_mask = padded([torch.as_tensor(heads[k].val) for k in active])
+    rows = [model.val[k] for k in active]
     with torch.no_grad():
-        for rows, mask in zip(all_rows.split(chunk, 1), all_mask.split(chunk, 1), strict=True):
-            loss, correct = model.losses(features[rows, 0], labels[rows], active)
-            sums += torch.stack([(loss * mask).sum(1), (correct * mask).sum(1)])
-    return sums / all_mask.sum(1)
+        total = sum(sums for sums, _ in model.batches(active, rows, [torch.zeros_like(part) for part in rows], 256))
+    return total / torch.tensor([len(part) for part in rows])
 
 
 def train_heads(features, labels, heads, args, log=print):
@@ -230,8 +226,8 @@ def train_heads(features, labels, heads, args, log=print):
     try:
         for epoch in range(1, args.epochs + 1):
             common.raise_if_stopped()
-            train_loss, train_accuracy = train_epoch(model, features, labels, heads, active, args.batch_size).tolist()
-            val_loss, val_accuracy = validate(model, features, labels, heads, active).tolist()
+            train_loss, train_accuracy = train_epoch(model, active, args.batch_size).tolist()
+            val_loss, val_accuracy = validate(model, active).tolist()
             weight, bias = model.folded(active)
             for i, k in enumerate(list(active)):
                 lr = model.optimizers[k].param_groups[0]["lr"]
@@ -240,10 +236,7 @@ def train_heads(features, labels, heads, args, log=print):
                     raise Failure(f"epoch {epoch}: the loss is not finite, nothing is saved; try a smaller --lr", 3)
                 model.schedulers[k].step(val_loss[i])
                 history[k].append(row)
-                log(
-                    f"Epoch [{epoch}/{args.epochs}], Train Loss: {row[1]:.4f}, Train Acc: {row[2]:.4f}, "
-                    f"Val Loss: {row[3]:.4f}, Val Acc: {row[4]:.4f}, LR: {lr:.1e}"
-                )
+                log(EPOCH_LINE.format(*row, epochs=args.epochs))
                 improved = best[k] is None or val_loss[i] < best[k].val_loss
                 if improved:
                     best[k] = Trained(weight[i].detach().clone(), bias[i].item(), epoch, *row[3:5], history[k])
@@ -310,13 +303,11 @@ def fit_threshold(rule, probs, labels):
 
 def threshold_rule(text):
     """argparse type of --threshold: a float in [0, 1], "youden" or "sensitivity=S"."""
-    try:
-        number = float(text.removeprefix("sensitivity="))
-        if 0 <= number <= 1:
+    if text == "youden":
+        return text
+    with contextlib.suppress(ValueError):
+        if 0 <= (number := float(text.removeprefix("sensitivity="))) <= 1:
             return text if text.startswith("sensitivity=") else number
-    except ValueError:
-        if text == "youden":
-            return text
     raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, youden or sensitivity=0.95, found {text}")
 
 
@@ -347,18 +338,15 @@ def fold_heads(images, args):
     for seed in range(args.seed, args.seed + args.repeats):
         folds = grouped_folds(images, count, seed)
         for held_out in range(count):
-            parts = {row: (fold - held_out) % count for row, fold in enumerate(folds)}
-            rows = [
-                [row for row, part in parts.items() if part in chosen] for chosen in ({0}, {1}, set(range(2, count)))
-            ]
-            heads.append((Head(rows[2], rows[1], seed, args.lr, args.weight_decay), rows[0]))
+            test, val, train = [], [], []
+            for row, fold in enumerate(folds):
+                (test, val, train)[min((fold - held_out) % count, 2)].append(row)
+            heads.append((Head(train, val, seed, args.lr, args.weight_decay), test))
     return heads
 
 
 def summary(values):
     """mean, deviation, min and max of numbers (None left out), as a dict."""
-    import statistics
-
     values = [value for value in values if value is not None]
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return {"mean": statistics.fmean(values), "deviation": deviation, "min": min(values), "max": max(values)}
@@ -379,12 +367,12 @@ def cross_validate(features, labels, images, single, args):
     epochs = summary([head.epoch for head in trained[1:]]) | {"single_split": trained[0].epoch}
     print(f"Cross-validation: {args.folds} folds x {args.repeats} repeats, {len(images)} images, whole patients")
     print("Of each fold's training: the fold itself is held out, the next one stops it early, the others train it")
-    print(f"{'held-out fold':20s}{'mean':>8s}{'dev':>8s}{'min':>8s}{'max':>8s}{'single split (val)':>22s}")
+    line = "{:20s}{:>8s}{:>8s}{:>8s}{:>8s}{:>22s}"
+    print(line.format("held-out fold", "mean", "dev", "min", "max", "single split (val)"))
     for name, row in (metrics | {"best epoch": epochs}).items():
         digits = 1 if name == "best epoch" else 3
-        print(
-            f"{name:20s}" + "".join(f"{value:{8 if i < 4 else 22}.{digits}f}" for i, value in enumerate(row.values()))
-        )
+        cells = [f"{value:.{digits}f}" for value in row.values()]
+        print(line.format(name, *cells))
     path = args.results_dir / "cv.json"
     common.write_json(path, {"folds": args.folds, "repeats": args.repeats, "metrics": metrics, "epochs": epochs})
     print(f"Wrote {path}; the test images were not opened")
@@ -413,7 +401,12 @@ def describe(args, trained, images, skipped, threshold, temperature):
     import torch
     import torchvision
 
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__}
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions |= {"torchvision": torchvision.__version__, "pillow": PIL.__version__}
+
+    def below(image):
+        return image.path.relative_to(args.data_dir).as_posix()
+
     flags = {name: value if isinstance(value, int | float) else str(value) for name, value in vars(args).items()}
     return {
         "arch": args.arch,
@@ -428,32 +421,25 @@ def describe(args, trained, images, skipped, threshold, temperature):
         "val_accuracy": trained.val_accuracy,
         "seed": args.seed,
         "flags": flags,
-        "versions": {name: str(version) for name, version in (versions | {"pillow": PIL.__version__}).items()},
+        "versions": versions,
         "date": time.strftime("%Y-%m-%d %H:%M:%S%z"),
-        "images": {
-            split: {i.path.relative_to(args.data_dir).as_posix(): i.digest for i in found if i not in skipped}
-            for split, found in images.items()
-        },
-        "skipped": [image.path.relative_to(args.data_dir).as_posix() for image in skipped],
+        "images": {split: {below(image): image.digest for image in found} for split, found in images.items()},
+        "skipped": [below(image) for image in skipped],
     }
 
 
 def draw_curves(path, history, best_epoch):
     """Loss, accuracy and learning rate by epoch, the best epoch marked."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    epochs, train_loss, train_accuracy, val_loss, val_accuracy, lr = zip(*history, strict=True)
+    columns = dict(zip(HISTORY, zip(*history, strict=True), strict=True))
+    epochs, lr = columns["epoch"], columns["lr"]
     figure = Figure(figsize=(7, 7), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(3, sharex=True, height_ratios=(3, 3, 1))
-    for ax, name, train, val in (
-        (axes[0], "loss", train_loss, val_loss),
-        (axes[1], "accuracy", train_accuracy, val_accuracy),
-    ):
-        ax.plot(epochs, train, ".-", color="#0072B2", label="train")
-        ax.plot(epochs, val, ".-", color="#D55E00", label="val")
+    for ax, name in zip(axes, ("loss", "accuracy"), strict=False):
+        for split, color in (("train", "#0072B2"), ("val", "#D55E00")):
+            ax.plot(epochs, columns[f"{split}_{name}"], ".-", color=color, label=split)
         ax.set_ylabel(name)
     axes[2].step(epochs, lr, where="mid", color="black")
     axes[2].set(ylabel="learning rate", yscale="log", xlabel="epoch", ylim=(min(lr) / 2, max(lr) * 2))
@@ -472,12 +458,10 @@ def draw_samples(path, images, views):
     """A grid of two training images of each class, in the views that the network sees."""
     from PIL import Image, ImageDraw
 
-    size, columns = common.SIZE, min(views, 8)
-    right, down = size + 8, size + 40  # pixels from one picture to the next
-    rows = []
-    for label in range(len(CLASSES)):
-        of_class = [image for image in images if image.label == label]
-        rows += [of_class[len(of_class) // 3], of_class[2 * len(of_class) // 3]]
+    columns = min(views, 8)
+    right, down = common.SIZE + 8, common.SIZE + 40  # pixels from one picture to the next
+    by_class = [[image for image in images if image.label == label] for label in range(len(CLASSES))]
+    rows = [found[third * len(found) // 3] for found in by_class for third in (1, 2)]
     sheet = Image.new("RGB", (columns * right, len(rows) * down), "white")
     text = ImageDraw.Draw(sheet)
     for i, image in enumerate(rows):
@@ -505,26 +489,22 @@ def parse_args(argv=None):
     parser = common.Parser(__doc__)
     shared = ("--data-dir", "--checkpoint", "--results-dir", "--device", "--batch-size", "--workers", "--seed")
     common.add_flags(parser, *shared, "--cache-dir", "--no-cache", "--skip-bad")
-    add, number, share = parser.add_argument, common.at_least(int, 0), common.at_least(float, 0)
+    add = parser.add_argument
+    positive, count, amount = common.at_least(int, 1), common.at_least(int, 0), common.at_least(float, 0)
     add("--arch", default="resnet50", metavar="NAME", help="a torchvision classifier that ends in a Linear")
     add("--weights", default="imagenet", metavar="WHAT", help="imagenet, a state dict FILE, or random (for demos)")
-    add("--views", type=common.at_least(int, 1), default=8, metavar="N", help="variants of a training image, 2 = flip")
-    add("--epochs", type=common.at_least(int, 1), default=50, metavar="N", help="epochs at most")
-    add("--lr", type=share, default=1e-3, metavar="X", help="Adam's learning rate at the start")
-    add("--weight-decay", type=share, default=0.0, metavar="X", help="Adam's weight decay, an L2 penalty")
-    add("--patience", type=number, default=5, metavar="N", help="epochs without a better val loss to stop (0 = never)")
+    add("--views", type=positive, default=8, metavar="N", help="variants of a training image, 2 = flip")
+    add("--epochs", type=positive, default=50, metavar="N", help="epochs at most")
+    add("--lr", type=amount, default=1e-3, metavar="X", help="Adam's learning rate at the start")
+    add("--weight-decay", type=amount, default=0.0, metavar="X", help="Adam's weight decay, an L2 penalty")
+    add("--patience", type=count, default=5, metavar="N", help="epochs without a better val loss to stop (0 = never)")
     rules = "P(PNEUMONIA) above which an image is PNEUMONIA, or a rule fitted on val: youden, sensitivity=0.95"
     add("--threshold", type=threshold_rule, default=0.5, metavar="T", help=rules)
     add("--no-calibrate", action="store_true", help="save the probabilities as trained, without the temperature")
-    add("--seeds", type=common.at_least(int, 1), default=1, metavar="N", help="heads to train, the median one is saved")
-    add(
-        "--folds",
-        type=number,
-        default=0,
-        metavar="N",
-        help="cross-validate train and val instead (0 = no, or 3 and up)",
-    )
-    add("--repeats", type=common.at_least(int, 1), default=1, metavar="N", help="draws of the folds")
+    add("--seeds", type=positive, default=1, metavar="N", help="heads to train, the median one is saved")
+    folds = "cross-validate train and val instead (0 = no, or 3 and up)"
+    add("--folds", type=count, default=0, metavar="N", help=folds)
+    add("--repeats", type=positive, default=1, metavar="N", help="draws of the folds")
     args = parser.parse_args(argv)
     if args.folds in (1, 2):
         parser.error(f"--folds {args.folds}: expected 3 or more, for training, early stopping and testing")
@@ -532,44 +512,40 @@ def parse_args(argv=None):
 
 
 def load_features(args):
-    """(images, features, number of training images, skipped images, network, head's name), all input checked."""
+    """({split: images}, features, skipped images, network, its head's name), all input and output checked first."""
     device, dtype = common.pick_device(args.device)
     found = common.read_split(args.data_dir, "train", "val")
     network, head_name, width, _ = common.build_network(args.arch, *initial_state(args))
-    check_outputs(args, network)
-
-    images = found["train"] + found["val"]
-    trained_on = len(images if args.folds else found["train"])
-    views = [args.views if row < trained_on else 1 for row in range(len(images))]
-    features, bad = common.extract_features(network, width, images, views, args, device, dtype)
-    kept = common.without_bad(images, bad, args.skip_bad)
-    n_train = sum(row < len(found["train"]) for row in kept)
-    for rows, split in ((kept[:n_train], "train"), (kept[n_train:], "val")):
-        for label, name in enumerate(CLASSES):
-            if not any(images[row].label == label for row in rows):
-                raise Failure(f"{args.data_dir / split / name}: no readable image is left")
-    skipped = [images[row] for row in sorted(bad)]
-    if skipped:
-        images, features = [images[row] for row in kept], features[kept]
-    return images, features, n_train, skipped, network, head_name
-
-
-def check_outputs(args, network):
-    """A Failure, before any work, where the outputs could not be written."""
     size = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
     common.require_space(args.checkpoint.parent, size + 1_000_000, "another folder with --checkpoint")
     common.require_writable(args.checkpoint, args.results_dir / "history.csv")
+
+    images, n_train = found["train"] + found["val"], len(found["train"])
+    views = [args.views if args.folds or row < n_train else 1 for row in range(len(images))]
+    features, bad = common.extract_features(network, width, images, views, args, device, dtype)
+    kept = common.without_bad(images, bad, args.skip_bad)
+    splits = {
+        "train": [images[row] for row in kept if row < n_train],
+        "val": [images[row] for row in kept if row >= n_train],
+    }
+    for split, left in splits.items():
+        for label, name in enumerate(CLASSES):
+            if not any(image.label == label for image in left):
+                raise Failure(f"{args.data_dir / split / name}: no readable image is left")
+    return splits, features[kept] if bad else features, [images[row] for row in sorted(bad)], network, head_name
 
 
 def train(args):
     import torch
 
-    images, features, n_train, skipped, network, head_name = load_features(args)
+    splits, features, skipped, network, head_name = load_features(args)
+    images = splits["train"] + splits["val"]
     labels = torch.tensor([float(image.label) for image in images])
-    rows = list(range(len(images)))
+    rows, n_train = list(range(len(images))), len(splits["train"])
     single = Head(rows[:n_train], rows[n_train:], args.seed, args.lr, args.weight_decay)
     if args.folds:
-        return cross_validate(features, labels, images, single, args)
+        cross_validate(features, labels, images, single, args)
+        return
 
     heads = [single._replace(seed=args.seed + i) for i in range(args.seeds)]
     trained, interrupted = train_heads(features, labels, heads, args, print if args.seeds == 1 else lambda line: None)
@@ -580,7 +556,6 @@ def train(args):
     factor = 1.0 if args.no_calibrate else fit_temperature(logits, val_labels)
     threshold = fit_threshold(args.threshold, (factor * logits).sigmoid(), val_labels)
     best = best._replace(weight=factor * best.weight, bias=factor * best.bias)
-    splits = {"train": images[:n_train], "val": images[n_train:]}
     about = describe(args, best, splits, skipped, threshold, 1 / factor)
     save_checkpoint(args.checkpoint, network, head_name, best, about)
     write_history(args.results_dir / "history.csv", best.history)
@@ -590,7 +565,6 @@ def train(args):
     draw_curves(args.results_dir / "curves.png", best.history, best.epoch)
     draw_samples(args.results_dir / "samples.png", splits["train"], args.views)
     print(f"Saved {kept}; curves and samples in {args.results_dir}")
-    return 0
 
 
 def choose_median(trained, args):
@@ -601,9 +575,8 @@ def choose_median(trained, args):
         for name in ("val_loss", "val_accuracy"):
             row = summary([getattr(head, name) for head in trained])
             print(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in row.items()))
-        print(
-            f"{len(trained)} heads, seeds {args.seed} to {args.seed + len(trained) - 1}: saving the median by val loss"
-        )
+        seeds = f"{args.seed} to {args.seed + len(trained) - 1}"
+        print(f"{len(trained)} heads, seeds {seeds}: saving the median by val loss")
     return median
 
 
