@@ -72,13 +72,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def at_least(kind, low):
-    """An argparse type: a finite `kind` (int or float) of `low` or more."""
+def at_least(kind, low, below=float("inf")):
+    """An argparse type: a `kind` (int or float) of `low` or more and less than `below`."""
 
     def convert(text):
         number = kind(text)
-        if not low <= number < float("inf"):
-            raise argparse.ArgumentTypeError(f"expected a number of at least {low}, found {text}")
+        if not low <= number < below:
+            limit = f" and below {below:g}" if below < float("inf") else ""
+            raise argparse.ArgumentTypeError(f"expected a number of at least {low}{limit}, found {text}")
         return number
 
     convert.__name__ = kind.__name__

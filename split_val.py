@@ -557,7 +557,9 @@ def examine(data_dir):
     return {
         "format": 1,
         "images": Counter(image.folder for image in seen),
-        "patients": Counter(folder for folder, _ in {(image.folder, image.patient or image.file) for image in seen}),
+        "patients": Counter(
+            folder for folder, _ in dict.fromkeys((image.folder, image.patient or image.file) for image in seen)
+        ),
         "unreadable": unreadable,
         "changed": changed,
         **kinds,

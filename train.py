@@ -346,8 +346,10 @@ def fold_heads(images, args):
 
 
 def summary(values):
-    """mean, deviation, min and max of numbers (None left out), as a dict."""
+    """mean, deviation, min and max of numbers (None left out), as a dict; None each where no number is left."""
     values = [value for value in values if value is not None]
+    if not values:
+        return dict.fromkeys(("mean", "deviation", "min", "max"))
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return {"mean": statistics.fmean(values), "deviation": deviation, "min": min(values), "max": max(values)}
 
@@ -371,7 +373,7 @@ def cross_validate(features, labels, images, single, args):
     print(line.format("held-out fold", "mean", "dev", "min", "max", "single split (val)"))
     for name, row in (metrics | {"best epoch": epochs}).items():
         digits = 1 if name == "best epoch" else 3
-        cells = [f"{value:.{digits}f}" for value in row.values()]
+        cells = ["-" if value is None else f"{value:.{digits}f}" for value in row.values()]
         print(line.format(name, *cells))
     path = args.results_dir / "cv.json"
     common.write_json(path, {"folds": args.folds, "repeats": args.repeats, "metrics": metrics, "epochs": epochs})
@@ -490,7 +492,7 @@ def parse_args(argv=None):
     shared = ("--data-dir", "--checkpoint", "--results-dir", "--device", "--batch-size", "--workers", "--seed")
     common.add_flags(parser, *shared, "--cache-dir", "--no-cache", "--skip-bad")
     add = parser.add_argument
-    positive, count, amount = common.at_least(int, 1), common.at_least(int, 0), common.at_least(float, 0)
+    positive, count, amount = common.at_least(int, 1), common.at_least(int, 0), common.at_least(float, 0, below=1e9)
     add("--arch", default="resnet50", metavar="NAME", help="a torchvision classifier that ends in a Linear")
     add("--weights", default="imagenet", metavar="WHAT", help="imagenet, a state dict FILE, or random (for demos)")
     add("--views", type=positive, default=8, metavar="N", help="variants of a training image, 2 = flip")

@@ -347,6 +347,15 @@ def test_cross_validation_reports_the_spread_and_writes_no_model(run, tmp_path, 
     assert not (tmp_path / "model.pth").exists() and "auroc" in capsys.readouterr().out
 
 
+def test_a_score_that_is_undefined_everywhere_is_a_dash(run, tmp_path, monkeypatch, capsys):
+    true = common.score
+    monkeypatch.setattr(common, "score", lambda *args: true(*args) | {"ppv": None})
+    assert run("--folds", 3, "--epochs", 2) == 0
+    (row,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("ppv")]
+    assert row == ["ppv", *"-----"]
+    assert set(json.loads((tmp_path / "results" / "cv.json").read_text())["metrics"]["ppv"].values()) == {None}
+
+
 def test_folds_never_separate_a_patient_and_spread_the_classes(xrays_source):
     images = [common.Image(path, label, path.name) for path, label in common.list_split(xrays_source, "train")]
     for seed in range(20):
@@ -397,6 +406,7 @@ def test_the_seed_changes_the_head_and_not_random_weights():
         (["--epochs", "0"], "at least 1"),
         (["--epochs", "ten"], "invalid int value"),
         (["--lr", "nan"], "at least 0"),
+        (["--lr", "1e38"], "below 1e+09"),
         (["--device", "cuda"], "no such device"),
         (["--device", "gpu"], "expected auto, cpu"),
         (["--weights", "nowhere.pth"], "no such file"),
