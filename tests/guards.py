@@ -20,11 +20,11 @@ STEPS = f"{FAULTS}a_file_is_on_disk_before_it_takes_its_name_and_dead_leftovers_
 
 GUARDS = [
     Guard(
-        "a new file is written beside the old one",
+        "a new file takes the old one's place in one step",
         "common.py",
-        'temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")',
-        "temporary = path",
-        f"{FAULTS}an_error_at_any_step_of_writing_leaves_old_or_new_files[train]",
+        "os.replace(temporary, path)",
+        "shutil.copyfile(temporary, path)",
+        STEPS,
     ),
     Guard("fsync before the rename", "common.py", "os.fsync(file.fileno())", "pass", STEPS),
     Guard("fsync of the folder", "common.py", "os.fsync(folder)", "pass", STEPS),
