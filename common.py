@@ -103,7 +103,7 @@ FLAGS = {
     ),
     "--no-cache": dict(action="store_true", help="neither read nor keep computed features"),
     "--skip-bad": dict(action="store_true", help="leave unreadable images out, and list them, instead of stopping"),
-    "--seed": dict(type=at_least(int, 0), default=0, metavar="N", help="seed of every random choice"),
+    "--seed": dict(type=at_least(int, 0, below=2**32), default=0, metavar="N", help="seed of every random choice"),
     "--debug": dict(action="store_true", help="show the traceback of an error"),
 }
 
@@ -128,14 +128,14 @@ def ignore_signals():
 
 
 def raise_if_stopped():
-    """Once a batch or an epoch: an interrupt that hits a fork, a __del__ or an import may be swallowed there."""
+    """Called once a batch or an epoch: an interrupt that hits a fork, a __del__ or an import may be swallowed there."""
     if stops:
         raise stops[-1][1]
 
 
 @contextlib.contextmanager
 def stoppable():
-    """Ctrl-C and SIGTERM raise KeyboardInterrupt; more of them within 3 s do not cut the orderly end short."""
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt; another one within 3 s is ignored: the orderly end goes on."""
 
     def stop(number, _):
         if not stops or time.monotonic() > stops[-1][0] + 3:
@@ -184,8 +184,10 @@ def describe_error(error, args):
         kept = f"written before: {', '.join(written)}" if written else "every file is as it was"
         return (143 if isinstance(error, Terminated) else 130), text or f"interrupted; {kept}"
     if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
-        batch = getattr(args, "batch_size", None)
-        return 4, f"memory is full: lower --batch-size (now {batch}), or use --device cpu ({text[:120]})"
+        flags = [
+            f"--{name.replace('_', '-')} (now {vars(args)[name]})" for name in ("batch_size", "views") if name in args
+        ]
+        return 4, f"memory is full: lower {' or '.join(flags)}, or use --device cpu ({text[:120]})"
     if "DataLoader" in text:
         return 4, f"a process that decodes images died or hung: try --workers 0 ({text[:120]})"
     if isinstance(error, OSError):
@@ -224,17 +226,23 @@ def replacing(path, mode="wb"):
             os.fsync(file.fileno())
         os.replace(temporary, path)
         written.append(str(path))
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name, too, survives a power cut
-        finally:
-            os.close(folder)
+        sync(path.parent)
     except OSError as error:
         error.filename = str(path)
         raise
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def sync(*folders):
+    """Puts the folders' lists of names on disk, so that a power cut cannot undo what was renamed in them."""
+    for folder in filter(Path.is_dir, folders):
+        file = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
 
 
 def checksum(content):
@@ -248,16 +256,26 @@ def write_json(path, content):
         file.write("\n")
 
 
-def read_json(path, keys):
+def fits(value, kind):
+    """Whether a JSON value is of a kind: a type, [kind] for a list or {str: kind} for an object of such values."""
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(fits(each, kind[0]) for each in value)
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(fits(each, kind[str]) for each in value.values())
+    return isinstance(value, kind)
+
+
+def read_json(path, keys, others=None):
     """The JSON object at path (None where there is no file), its checksum checked and taken out.
 
-    keys: {name: type} that it must have. A file with these alone needs no checksum: it may be written by hand.
+    keys: {name: kind, see fits} that it must have; others: that it may have. A file with `keys` alone needs no
+    checksum: it may be written by hand.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        for key, kind in keys.items():
-            if not isinstance(content[key], kind):
-                raise ValueError(f"{key} is no {kind.__name__}")
+        for key, kind in ((others or {}) | keys).items():
+            if (key in keys or key in content) and not fits(content[key], kind):
+                raise ValueError(f"{key} is not what it should be")
         stored = content.pop("checksum", None)
         if stored != checksum(content) and (stored is not None or content.keys() - keys.keys()):
             raise ValueError("its checksum is missing or differs")
@@ -329,13 +347,18 @@ def read_split(data_dir, *splits):
     listed = [(split, path, label) for split in splits for path, label in list_split(data_dir, split)]
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(hash_file, [path for _, path, _ in listed]))
-    record = read_json(Path(data_dir, SPLIT_FILE), {"sha256": dict, "state": str}) or {"sha256": {}}
+    record = read_json(Path(data_dir, SPLIT_FILE), {"sha256": {str: str}, "state": str}) or {"sha256": {}}
     if record.get("state", "done") != "done":
         raise Failure(f"{data_dir}: a split was interrupted; run split_val.py again, which completes it")
-    found, seen = {split: [] for split in splits}, {}
-    for file, digest in record["sha256"].items():  # what is trained on must not stand in test/; evaluate.py warns of it
-        if "train" in splits and Path(file).parts[0] not in splits and Path(data_dir, file).exists():
-            seen[digest] = Path(data_dir, file)
+    found, seen, gone = {split: [] for split in splits}, {}, []
+    for file, digest in record["sha256"].items():
+        path, asked = Path(data_dir, file), file.partition("/")[0] in splits
+        if asked and not os.path.lexists(path):
+            gone.append(path)
+        elif "train" in splits and not asked and path.exists():
+            seen[digest] = path  # what is trained on must not stand in test/; evaluate.py warns of it
+    if gone:
+        warn(f"{gone[0]}: gone since {SPLIT_FILE} recorded it ({len(gone)} such images)")
     for (split, path, label), digest in zip(listed, digests, strict=True):
         if digest and record["sha256"].get(path.relative_to(data_dir).as_posix(), digest) != digest:
             raise Failure(
@@ -343,7 +366,7 @@ def read_split(data_dir, *splits):
             )
         twin = seen.setdefault(digest, path)
         # the same damage, an empty file say, is no twin: the pass will report it
-        if digest and twin.parent != path.parent and not isinstance(Views([(path, digest, [0])])[0][1], str):
+        if digest and twin.parent != path.parent and not isinstance(read_or_explain(load_image, path), str):
             raise Failure(f"{path}: the same image as {twin}; remove one of them")
         found[split].append(Image(path, label, digest))
     return found
@@ -403,6 +426,7 @@ def load_image(path) -> PIL.Image.Image:
 def make_view(image, number, digest):
     """View `number` of an image, RGB, SIZE x SIZE. Edit this function for other augmentation.
 
+    Keep all of it in here: the feature store notices changes of this function and of load_image, not of what they call.
     0 is the image, 1 its mirror image; from 2 on a small change of pose and exposure, mirrored half of the time,
     drawn from the image's SHA-256 `digest` and the number: the same on every run, machine and in any order.
     """
@@ -417,6 +441,16 @@ def make_view(image, number, digest):
     image = F.adjust_contrast(F.adjust_brightness(image, 1 + 0.2 * u[4]), 1 + 0.35 * u[5])
     image = F.affine(image, 10 * u[0], shift, 1 + 0.1 * u[3], 0.0, F.InterpolationMode.BILINEAR)
     return (F.hflip(image) if u[6] < 0 else image).convert("RGB")
+
+
+def read_or_explain(function, path):
+    """function(path) of an image, or why the image cannot be read, as text."""
+    try:
+        return function(path)
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged files make decoders raise nearly anything
+        return explain_unreadable(path, error)
 
 
 def explain_unreadable(path, error):
@@ -573,10 +607,12 @@ class FeatureStore:
     def __init__(self, cache_dir, network, width, dtype):
         import numpy as np
         import PIL
+        import torchvision
 
         self.record = np.dtype([("key", "V36"), ("vector", "<f4", (width,)), ("crc", "<u4")])
-        code = "".join(map(inspect.getsource, (load_image, make_view))) + f"{SIZE} {MEAN} {STD} {PIL.__version__}"
-        depends_on = f"{hash_network(network)} {code} {dtype}"
+        code = "".join(map(inspect.getsource, (load_image, make_view)))
+        versions = f"{PIL.__version__} {torchvision.__version__}"
+        depends_on = f"{hash_network(network)} {code} {SIZE} {MEAN} {STD} {versions} {dtype}"
         self.folder = Path(cache_dir, hashlib.sha256(depends_on.encode()).hexdigest()[:24])
         self.file = None
 
@@ -641,14 +677,12 @@ class Views:
     def __getitem__(self, index):
         import numpy as np
 
-        path, digest, numbers = self.jobs[index]
-        try:
+        def draw(path):
             image = load_image(path)
-            return index, np.stack([np.asarray(make_view(image, number, digest)) for number in numbers])
-        except Exception as error:  # damaged files make decoders raise nearly anything
-            if isinstance(error, MemoryError):
-                raise
-            return index, explain_unreadable(path, error)
+            return np.stack([np.asarray(make_view(image, number, digest)) for number in numbers])
+
+        path, digest, numbers = self.jobs[index]
+        return index, read_or_explain(draw, path)
 
 
 def fast_copy(network, device, dtype):
@@ -793,6 +827,8 @@ def extract_features(network, width, images, views, args, device, dtype):
     """
     import torch
 
+    if args.no_cache and rank_and_world()[1] > 1:
+        raise Failure("--no-cache: torchrun's processes share their features through --cache-dir; leave --no-cache out")
     features = torch.zeros(len(images), max(views), width)
     wanted, paths, reasons = {}, {}, {}  # by content: the same image twice is computed once
     for row, (image, count) in enumerate(zip(images, views, strict=True)):
@@ -866,8 +902,6 @@ def share_reasons(store, reasons):
 
     import torch.distributed as dist
 
-    if store is None:
-        raise Failure("--no-cache: torchrun's processes share their features through --cache-dir; leave --no-cache out")
     store.close()  # a network file system shows others a file that is closed
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how torchrun ends the others when one died: no handler runs below
     try:
@@ -889,18 +923,15 @@ def loader_settings(workers, jobs):
     if workers < 0:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         workers = min(8, cores) if jobs >= 200 else 0
-    settings = {"batch_size": None, "collate_fn": as_is, "num_workers": workers, "worker_init_fn": begin_worker}
+    # tuple: as they are; the default would make tensors of the arrays
+    settings = {"batch_size": None, "collate_fn": tuple, "num_workers": workers, "worker_init_fn": begin_worker}
     return settings | ({"timeout": 100, "prefetch_factor": 4} if workers else {})
 
 
-def as_is(item):
-    return item
-
-
 def begin_worker(_):
-    """In a decoding process: Ctrl-C and SIGTERM are the main process's to answer, and it ends the others.
+    """In a decoding process: the main process alone answers Ctrl-C and SIGTERM, and then ends its workers.
 
-    If it is killed itself, the others would wait for ever to hand over their images; a thread ends them.
+    If the main process is killed, its workers would wait for ever to hand over their images; a thread ends them.
     """
 
     def end_with(parent):
@@ -975,7 +1006,12 @@ def score(probs, labels, threshold):
 
 
 def image_numbers(path):
-    """{name: float} of what a rule without any network could go by; raises what load_image raises.
+    """{name: float} of what a rule without any network could go by, see look_closely; raises what load_image raises."""
+    return look_closely(path)[0]
+
+
+def look_closely(path):
+    """({name: float}, the grey image, {"sizes", "modes", "formats": its own}); raises what load_image raises.
 
     file size: bytes; width, height: pixels of the file; mode: bits a pixel (8 grey, 24 RGB); JPEG quality: 1 to 100 as
     libjpeg counts, from the quantisation table (exact from 20 to 99), 0 for other formats. Of the grey levels, 0 to
@@ -987,13 +1023,15 @@ def image_numbers(path):
 
     with Pillow.open(path) as image:
         (width, height), mode = image.size, ImageMode.getmode(image.mode)
+        kinds = {"sizes": f"{width}x{height}", "modes": image.mode, "formats": image.format}
         tables = getattr(image, "quantization", None)
     quality = 0
     if tables:
         scale = 100 * sum(tables[min(tables)]) / 3685  # 3685: the sum of libjpeg's luminance table at quality 50
         quality = min(100, max(1, round(100 - scale / 2 if scale <= 100 else 5000 / scale)))
-    grey = np.asarray(load_image(path).convert("L"), dtype=np.float32)
-    return {
+    image = load_image(path).convert("L")
+    grey = np.asarray(image, dtype=np.float32)
+    numbers = {
         "file size": float(os.path.getsize(path)),
         "width": float(width),
         "height": float(height),
@@ -1003,6 +1041,7 @@ def image_numbers(path):
         "deviation": float(grey.std()),
         "sharpness": float(np.abs(np.diff(grey, axis=0)).mean()) if len(grey) > 1 else 0.0,
     }
+    return numbers, image, kinds
 
 
 def fit_rule(values, labels):
@@ -1014,13 +1053,10 @@ def fit_rule(values, labels):
     import numpy as np
 
     values, labels = np.asarray(values, dtype=np.float64), np.asarray(labels)
-    order = np.argsort(values, kind="stable")
-    ordered, positive = values[order], np.cumsum(labels[order] == 1)
-    last = np.flatnonzero(np.append(np.diff(ordered) > 0, True))[:-1]  # the last of each run of equal values
-    below = np.append(0, last + 1)  # the number of values at or below each cut
-    positive_below = np.append(0, positive[last])
-    right = (below - positive_below) + (positive[-1] - positive_below)  # images that sign +1 gets right
-    cuts = np.append(ordered[0] - 1, ordered[last] + (ordered[last + 1] - ordered[last]) / 2)
+    levels = np.unique(values)
+    cuts = np.append(levels[0] - 1, levels[:-1] + np.diff(levels) / 2)
+    below = [np.searchsorted(np.sort(values[labels == label]), cuts, "right") for label in (0, 1)]
+    right = below[0] + (labels == 1).sum() - below[1]  # images that sign +1 gets right
     best = int(np.argmax(np.maximum(right, len(values) - right)))
     return float(cuts[best]), 1 if 2 * right[best] >= len(values) else -1
 

@@ -18,6 +18,7 @@ import math
 import platform
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import NormalDist
@@ -80,7 +81,8 @@ class Table(NamedTuple):
 def load_model(path, device):
     """The Model in a checkpoint: one of train.py, or any state dict of a torchvision network with one output."""
     state, digest, about_path = common.read_state(path), common.hash_file(path), path.with_suffix(".json")
-    info = common.read_json(about_path, {"arch": str, "sha256": str, "threshold": float})
+    others = {"date": str, "temperature": float, "threshold_rule": str, "images": {str: {str: str}}}
+    info = common.read_json(about_path, {"arch": str, "sha256": str, "threshold": float}, others)
     warnings = []
     if info is None:
         info = {"arch": "resnet50"}
@@ -185,7 +187,8 @@ def read_predictions(path):
 def report_beside(path):
     """The metrics.json beside a predictions.csv, {} where there is none. Where it describes another one: a Failure."""
     beside = path.with_name("metrics.json")
-    report = common.read_json(beside, {"threshold": float}) or {}
+    kinds = {"split": str, "model": dict | None, "shortcut": dict | None, "warnings": [str], "threshold_from": str}
+    report = common.read_json(beside, {"threshold": float}, kinds) or {}
     if report.get("predictions_sha256", common.hash_file(path)) != common.hash_file(path):
         raise Failure(f"{path}: not what {beside} describes; restore it, or move it elsewhere to score it all the same")
     return report
@@ -366,7 +369,7 @@ def difference(name, mine, other):
 
 
 def mcnemar(only_mine, only_other):
-    """McNemar's exact p, two-sided: whether that many against so many could be a coin's doing."""
+    """McNemar's exact p, two-sided: whether that many against so many could be chance."""
     n = only_mine + only_other
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(only_mine, only_other) + 1)) / 2**n)
 
@@ -401,25 +404,19 @@ def compare(args, table, other, threshold, measured):
 # ---------------------------------------------------------------- guards: leaks and shortcuts
 
 
-def find_leaks(model, images, split):
-    """Warnings about images that the model has seen while it was made."""
-    if split != "test":
-        return [f"the network was made with the {split} images: these numbers are NO TEST RESULT"]
-    seen = {digest for known in model.info.get("images", {}).values() for digest in known.values()}
-    leaked = [image.path.name for image in images if image.digest in seen]
-    if not leaked:
-        return []
-    found = f"{len(leaked)} of {len(images)} test images WERE AMONG THE TRAINING OR VALIDATION IMAGES, as {leaked[0]}"
-    return [f"{found}: these numbers are no test result"]
-
-
-def numbers_of(path):
-    try:
-        return common.image_numbers(path)
-    except MemoryError:
-        raise
-    except Exception:  # damaged files make decoders raise nearly anything
-        return None
+def find_leaks(model, images, args):
+    """Warnings about images that the model has seen while it was made, and about a model of other images."""
+    warnings, seen = [], {digest for known in model.info.get("images", {}).values() for digest in known.values()}
+    record = common.read_json(args.data_dir / common.SPLIT_FILE, {"sha256": {str: str}, "state": str})
+    if record and (strange := seen.difference(record["sha256"].values())):
+        which = f"{len(strange)} of the {len(seen)} images that the model learned from are not in {common.SPLIT_FILE}"
+        warnings.append(f"{which}: it is an older model, or one of other data")
+    if args.split != "test":
+        return [*warnings, f"the network was made with the {args.split} images: these numbers are NO TEST RESULT"]
+    if leaked := [image.path.name for image in images if image.digest in seen]:
+        among = f"WERE AMONG THE TRAINING OR VALIDATION IMAGES, as {leaked[0]}"
+        warnings.append(f"{len(leaked)} of {len(images)} test images {among}: these numbers are no test result")
+    return warnings
 
 
 def best_rule(args, images, files):
@@ -435,9 +432,9 @@ def best_rule(args, images, files):
         return {"none": str(reason)}
     fit = fit[:: -(-len(fit) // N_RULE)]
     with ThreadPoolExecutor() as pool:
-        fitted = list(pool.map(numbers_of, [path for path, _ in fit]))
-        tested = list(pool.map(numbers_of, [image.path for image in images]))
-    known = [(numbers, label) for numbers, (_, label) in zip(fitted, fit, strict=True) if numbers]
+        fitted = list(pool.map(partial(common.read_or_explain, common.image_numbers), [path for path, _ in fit]))
+        tested = list(pool.map(common.image_numbers, [image.path for image in images]))
+    known = [(found, label) for found, (_, label) in zip(fitted, fit, strict=True) if not isinstance(found, str)]
     if not known:
         return {"none": f"no image in {args.data_dir / 'train'} can be read"}
     fitted, labels = zip(*known, strict=True)
@@ -786,7 +783,7 @@ def write_report(args, report, table, model, images):
         for name, draw in PICTURES.items():
             figure = Figure((5, 4.6), layout="constrained")
             draw(figure.add_subplot(), labels, probs, report)
-            figure.supxlabel(caption, fontsize=7, color="dimgrey")
+            figure.supxlabel(caption, fontsize=7, color="dimgrey", parse_math=False)
             with replacing(folder / f"{name}.png") as file:
                 figure.savefig(file, format="png", dpi=120)
     if images:
@@ -863,7 +860,7 @@ def evaluate(args):
         model, images, table, report = run_network(args)
         if args.images:
             return classify(args, model, images, table, report)
-        report["warnings"] += find_leaks(model, images, args.split)
+        report["warnings"] += find_leaks(model, images, args)
         if args.split == "test":
             report["shortcut"] = best_rule(args, images, table.readable()[0])
 

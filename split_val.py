@@ -79,16 +79,15 @@ def choose_groups(sizes, n):
 
 def plan_split(data_dir, n, seed):
     """The record of a split that is about to begin; writes nothing."""
-    train = [path for path, _ in common.list_split(data_dir, "train")]
-    test = [path for path, _ in common.list_split(data_dir, "test")] if (data_dir / "test").exists() else []
+    found = common.read_split(data_dir, "train", *["test"] * (data_dir / "test").exists())
+    digests = {image.path: image.digest for images in found.values() for image in images}
+    train = [image.path for image in found["train"]]
     by_class = grouped(train, lambda path: path.parent.name)
     if n >= min(map(len, by_class.values())):
         has = f"{data_dir / 'train'} has {count(by_class)} images"
         raise Failure(f"--per-class {n}: {has}, and some of each must stay; ask less")
     if unknown := sum(patient_of(path.name) is None for path in train):
         warn(f"{unknown} names in train/ tell no patient; each such image counts as a patient of its own")
-    with ThreadPoolExecutor() as pool:
-        digests = dict(zip(train + test, pool.map(common.hash_file, train + test), strict=True))
     if unreadable := [path for path in digests if not digests[path]]:
         raise Failure(f"{unreadable[0]}: cannot be read ({len(unreadable)} such images); repair or remove it")
 
@@ -156,15 +155,14 @@ def read_record(data_dir):
     for temporary in data_dir.glob(f".{SPLIT_FILE}.*.tmp"):  # of a killed run: we hold the lock, so it is dead
         with contextlib.suppress(OSError):
             temporary.unlink()
-    kinds = {"format": int, "state": str, "seed": int, "per_class": int, "moved": dict, "sha256": dict}
+    kinds = {"format": int, "state": str, "seed": int, "per_class": int, "moved": {str: [str]}, "sha256": {str: str}}
     record = common.read_json(data_dir / SPLIT_FILE, kinds)
     if record is not None:
-        lists = [files if isinstance(files, list) else [None] for files in record["moved"].values()]
-        moved = [f"val/{name}/{file}" for name, files in zip(record["moved"], lists, strict=True) for file in files]
+        moved = [f"val/{name}/{file}" for name, files in record["moved"].items() for file in files]
         if (
             (record["format"], list(record["moved"])) != (1, list(CLASSES))
             or record["state"] not in ("splitting", "done", "undoing")
-            or not all(isinstance(file, str) and Path(file).name == file for files in lists for file in files)
+            or any(Path(file).name != file for files in record["moved"].values() for file in files)
             or sorted(moved) != sorted(file for file in record["sha256"] if file.startswith("val/"))
         ):
             raise Failure(f"{data_dir / SPLIT_FILE}: damaged; restore it, or delete it and take val/ back with --undo")
@@ -214,17 +212,7 @@ def move(data_dir, moves):
         folder.mkdir(parents=True, exist_ok=True)
     for old, new in moves:
         os.rename(old, new)
-    sync(data_dir, *(data_dir / split / name for split in ("train", "val") for name in ("", *CLASSES)))
-
-
-def sync(*folders):
-    """Puts the folders' lists of names on disk, so that a power cut cannot undo what a record says is done."""
-    for folder in filter(Path.is_dir, folders):
-        file = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)
+    common.sync(data_dir, *(data_dir / split / name for split in ("train", "val") for name in ("", *CLASSES)))
 
 
 def split(args):
@@ -260,13 +248,16 @@ def keep_foreign(data_dir, val):
 
 
 def confirm(data_dir, record, val):
-    """Says that the split is done; a Failure where the files contradict the record."""
+    """Says that the split is done; a Failure where an image is back in train/, a warning where one is gone."""
+    gone = [file for file in paths_of(record["moved"]) if file.name not in val[file.parent.name]]
     for file in paths_of(record["moved"]):
-        if file.name not in val[file.parent.name] or os.path.lexists(data_dir / "train" / file):
+        if os.path.lexists(data_dir / "train" / file):
+            what = "restore it there and remove any copy in train/, or start over with --undo"
             raise Failure(
-                f"{data_dir / 'val' / file}: expected there and no longer in train/, as {SPLIT_FILE} says; "
-                "restore it and remove any copy in train/, or start over with --undo"
+                f"{data_dir / 'val' / file}: expected there and no longer in train/, as {SPLIT_FILE} says; {what}"
             )
+    if gone:
+        warn(f"{data_dir / 'val' / gone[0]}: gone since the split ({len(gone)} such images)")
     print(f"{data_dir}: already split, {count(val)} images in val/ (seed {record['seed']}); nothing moved")
 
 
@@ -292,9 +283,9 @@ def put_back(data_dir, record):
     for folder in (*(data_dir / "val" / name for name in CLASSES), data_dir / "val"):
         with contextlib.suppress(OSError):  # not there, or not empty: what else is in it stays
             folder.rmdir()
-    sync(data_dir)
+    common.sync(data_dir)
     (data_dir / SPLIT_FILE).unlink()
-    sync(data_dir)
+    common.sync(data_dir)
     back = sum((data_dir / "train" / file).exists() for file in paths_of(record["moved"]))
     print(f"Moved {back} images back from {data_dir / 'val'} to {data_dir / 'train'}")
     if left := sum(map(len, list_val(data_dir).values())):
@@ -333,14 +324,9 @@ def look_at(split, label, path):
     from PIL import Image
 
     file = Path(*path.parts[-3:]).as_posix()
-    try:
-        numbers, grey = common.image_numbers(path), common.load_image(path).convert("L")
-        with Image.open(path) as image:
-            kinds = {"sizes": f"{image.width}x{image.height}", "modes": image.mode, "formats": image.format}
-    except Exception as error:  # damaged files make decoders raise nearly anything
-        if isinstance(error, MemoryError):
-            raise
-        return file, common.explain_unreadable(path, error)
+    if isinstance(found := common.read_or_explain(common.look_closely, path), str):
+        return file, found
+    numbers, grey, kinds = found
     pixels = hashlib.sha256(f"{grey.size}".encode() + grey.tobytes()).hexdigest()
     copy = np.asarray(grey.resize((96, 96), Image.Resampling.BOX))
     return Seen(file, split, label, common.hash_file(path), patient_of(path.name), numbers, kinds, pixels, copy)
@@ -602,6 +588,8 @@ def print_report(report):
 
 
 def check(args):
+    if args.json and args.json.name == SPLIT_FILE:
+        raise Failure(f"--json {args.json}: this name is that of the split's record; choose another")
     if args.json:
         common.require_writable(args.json)
     with locked(args.data_dir):

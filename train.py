@@ -16,6 +16,7 @@ import csv
 import hashlib
 import io
 import math
+import os
 import platform
 import statistics
 import sys
@@ -319,16 +320,15 @@ def grouped_folds(images, count, seed):
     groups = {}
     for row, image in enumerate(images):
         groups.setdefault(common.patient_of(image.path.name, cautious=True) or image.path.name, []).append(row)
-    for label, name in enumerate(CLASSES):
-        if sum(any(images[row].label == label for row in rows) for rows in groups.values()) < count:
-            raise Failure(f"--folds {count}: expected at least as many {name} patients; use fewer folds")
     folds, sizes = [0] * len(images), [[0] * len(CLASSES) for _ in range(count)]
-    for patient in sorted(groups, key=lambda patient: hashlib.sha256(f"{seed} {patient}".encode()).digest()):
+    for patient in sorted(groups, key=lambda patient: hashlib.sha256(os.fsencode(f"{seed} {patient}")).digest()):
         rows = groups[patient]
         fold = min(range(count), key=lambda f: (sizes[f][images[rows[0]].label], sum(sizes[f]), f))
         for row in rows:
             folds[row] = fold
             sizes[fold][images[row].label] += 1
+    if any(0 in size for size in sizes):
+        raise Failure(f"--folds {count}: expected patients of both classes for each fold; use fewer folds, or --seed")
     return folds
 
 
@@ -405,6 +405,7 @@ def describe(args, trained, images, skipped, threshold, temperature):
 
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     versions |= {"torchvision": torchvision.__version__, "pillow": PIL.__version__}
+    versions |= {"platform": platform.platform(), "threads": torch.get_num_threads()}  # other ones round differently
 
     def below(image):
         return image.path.relative_to(args.data_dir).as_posix()
@@ -495,7 +496,13 @@ def parse_args(argv=None):
     positive, count, amount = common.at_least(int, 1), common.at_least(int, 0), common.at_least(float, 0, below=1e9)
     add("--arch", default="resnet50", metavar="NAME", help="a torchvision classifier that ends in a Linear")
     add("--weights", default="imagenet", metavar="WHAT", help="imagenet, a state dict FILE, or random (for demos)")
-    add("--views", type=positive, default=8, metavar="N", help="variants of a training image, 2 = flip")
+    add(
+        "--views",
+        type=common.at_least(int, 1, below=1000),
+        default=8,
+        metavar="N",
+        help="variants of a training image, 2 = flip",
+    )
     add("--epochs", type=positive, default=50, metavar="N", help="epochs at most")
     add("--lr", type=amount, default=1e-3, metavar="X", help="Adam's learning rate at the start")
     add("--weight-decay", type=amount, default=0.0, metavar="X", help="Adam's weight decay, an L2 penalty")
@@ -510,6 +517,10 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.folds in (1, 2):
         parser.error(f"--folds {args.folds}: expected 3 or more, for training, early stopping and testing")
+    if args.checkpoint.suffix == ".json":
+        parser.error(
+            f"--checkpoint {args.checkpoint}: this is where the file about it goes; call it {args.checkpoint.stem}.pth"
+        )
     return args
 
 

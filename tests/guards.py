@@ -27,7 +27,7 @@ GUARDS = [
         STEPS,
     ),
     Guard("fsync before the rename", "common.py", "os.fsync(file.fileno())", "pass", STEPS),
-    Guard("fsync of the folder", "common.py", "os.fsync(folder)", "pass", STEPS),
+    Guard("fsync of the folder", "common.py", "        sync(path.parent)", "        pass", STEPS),
     Guard(
         "what a killed run left is deleted", "common.py", "                old.unlink()", "                pass", STEPS
     ),

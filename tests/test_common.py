@@ -7,8 +7,10 @@ from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
+import torchvision
 from phantoms import draw_folder, draw_phantom
 from PIL import Image
 
@@ -249,18 +251,20 @@ def test_other_weights_precision_or_preprocessing_never_reuse_a_vector(network, 
     other[0].conv1.weight.data[0, 0, 0, 0] += 1e-3
     extract(other, images, [2] * 12, tmp_path)
     assert computed(capsys) == 24
-    monkeypatch.setattr(common, "MEAN", (0.5, 0.5, 0.5))
-    extract(network, images, [2] * 12, tmp_path)
-    assert computed(capsys) == 24
-    monkeypatch.undo()
 
     def make_view(image, number, digest, true=common.make_view):
         return true(image, number + 2, digest)
 
-    monkeypatch.setattr(common, "make_view", make_view)
-    extract(network, images, [2] * 12, tmp_path)
-    assert computed(capsys) == 24
-    monkeypatch.undo()
+    def load_image(path, true=common.load_image):
+        return true(path).rotate(180)
+
+    changes = {"MEAN": (0.5, 0.5, 0.5), "STD": (0.5, 0.5, 0.5), "make_view": make_view, "load_image": load_image}
+    changes = [(common, name, value) for name, value in (changes | {"SIZE": 192}).items()]
+    for place, name, value in [*changes, (PIL, "__version__", "0.1"), (torchvision, "__version__", "0.1")]:
+        monkeypatch.setattr(place, name, value)
+        extract(network, images, [2] * 12, tmp_path)
+        assert computed(capsys) == 24, name
+        monkeypatch.undo()
     native = torch.cpu.get_capabilities()
     other_precision = {} if native.get("avx512_bf16") or native.get("amx_bf16") else {"avx512_bf16": True}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: other_precision)
@@ -301,18 +305,28 @@ def test_a_record_torn_by_a_kill_is_computed_again(network, images, tmp_path, ca
         assert torch.equal(again, first) and computed(capsys) == 12 - length // size
 
 
+def test_an_image_is_decoded_once_for_all_its_views(network, images, monkeypatch):
+    true, decoded = common.load_image, []
+    monkeypatch.setattr(common, "load_image", lambda path: (decoded.append(path), true(path))[1])
+    extract(network, images, [5] * 12, None)
+    assert sorted(decoded) == sorted(image.path for image in images)
+
+
 def test_a_killed_run_loses_at_most_the_batch_in_flight(network, images, tmp_path, capsys):
-    """SIGKILL when the third batch has been computed, before it is written: two batches are in the store."""
+    """SIGKILL when the third batch enters the network: two batches are in the store."""
     code = (
         "import os, signal, sys, common\n"
         "from argparse import Namespace\n"
         "from pathlib import Path\n"
-        "true, calls = common.FeatureStore.append, []\n"
-        "def append(self, keys, vectors):\n"
-        "    calls.append(1)\n"
-        "    if len(calls) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    true(self, keys, vectors)\n"
-        "common.FeatureStore.append = append\n"
+        "true, calls = common.fast_copy, []\n"
+        "def fast_copy(*args):\n"
+        "    fast = true(*args)\n"
+        "    def forward(batch):\n"
+        "        calls.append(1)\n"
+        "        if len(calls) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        return fast(batch)\n"
+        "    return forward\n"
+        "common.fast_copy = fast_copy\n"
         "network, _, width, _ = common.build_network('resnet18')\n"
         "images = common.read_split(sys.argv[1], 'train')['train']\n"
         "args = Namespace(cache_dir=Path(sys.argv[2]), no_cache=False, batch_size=4, workers=0)\n"

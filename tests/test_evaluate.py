@@ -555,6 +555,12 @@ def test_the_rule_is_reported_beside_the_network_with_the_paired_difference(run,
     assert rule["network_is"] == expected
 
 
+def test_the_features_come_from_the_store(run, tmp_path, capsys):
+    for flags, computed in (((), True), ((), False), (("--no-cache",), True)):
+        assert run("--cache-dir", tmp_path / "cache", *flags) == 0
+        assert ("20 computed in" in capsys.readouterr().out) == computed
+
+
 def test_a_full_memory_while_the_rule_is_fitted_is_one_line_and_4(run, monkeypatch, capsys):
     def full(path):
         raise MemoryError
@@ -568,6 +574,15 @@ def test_an_image_that_vanishes_after_the_pass_is_one_line_and_2(run, data, tmp_
     true = evaluate.predict
     monkeypatch.setattr(evaluate, "predict", lambda *args: (true(*args), Path(image).unlink())[0])
     assert run(image, "--cam", tmp_path / "maps") == 2
+    assert f"{image}: No such file" in (error := capsys.readouterr().err) and error.count("\n") == 1
+
+
+def test_a_test_image_that_vanishes_before_the_rule_is_one_line_and_2(run, data, tmp_path, monkeypatch, capsys):
+    folder = Path(shutil.copytree(data, tmp_path / "data"))
+    image = sorted((folder / "test" / "PNEUMONIA").iterdir())[0]
+    true = evaluate.predict
+    monkeypatch.setattr(evaluate, "predict", lambda *args: (true(*args), image.unlink())[0])
+    assert run("--data-dir", folder) == 2
     assert f"{image}: No such file" in (error := capsys.readouterr().err) and error.count("\n") == 1
 
 

@@ -204,6 +204,17 @@ def test_every_image_counts_once_whatever_the_batch_size(batch_size):
     assert trained.history[0][2] == pytest.approx(((logits > 0) == (labels[head.train] > 0.5)).float().mean().item())
 
 
+def test_every_validation_image_counts_once_however_many_there_are():
+    features, labels, head = head_problem(n=760)  # more than one batch of validation
+    rows = list(range(60, 760))
+    args = Namespace(epochs=1, patience=0, batch_size=32)
+    (trained,), _ = train.train_heads(features, labels, [head._replace(val=rows)], args, lambda line: None)
+    logits = train.logits_of(trained, features, rows)
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels[rows]).item()
+    assert trained.val_loss == pytest.approx(loss, rel=1e-5)
+    assert trained.val_accuracy == pytest.approx(((logits > 0) == (labels[rows] > 0.5)).float().mean().item())
+
+
 def test_unbalanced_classes_are_weighted_by_their_ratio():
     features, labels, head = head_problem()
     rows = [row for row in head.train if row % 2 == 0 or row < 20]  # 30 negatives, 10 positives
@@ -371,6 +382,15 @@ def test_folds_never_separate_a_patient_and_spread_the_classes(xrays_source):
     assert train.grouped_folds(images, 5, 0) != train.grouped_folds(images, 5, 1)
 
 
+def test_folds_take_any_file_name_and_never_lack_a_class():
+    names = [f"{i}.jpeg" for i in range(7)] + [os.fsdecode(b"x\xff\xfe.png"), "8.jpeg"]
+    images = [common.Image(Path(name), i % 2, name) for i, name in enumerate(names)]
+    folds = train.grouped_folds(images, 3, 0)
+    assert all({i.label for i, f in zip(images, folds, strict=True) if f == fold} == {0, 1} for fold in range(3))
+    with pytest.raises(common.Failure, match="both classes for each fold"):
+        train.grouped_folds(images, 5, 0)
+
+
 def test_many_seeds_save_the_median(run, tmp_path, capsys):
     assert run("--seeds", 5, "--epochs", 3) == 0
     out = capsys.readouterr().out
@@ -406,6 +426,9 @@ def test_the_seed_changes_the_head_and_not_random_weights():
         (["--epochs", "0"], "at least 1"),
         (["--epochs", "ten"], "invalid int value"),
         (["--lr", "nan"], "at least 0"),
+        (["--seed", "100000000000000000000"], "below 4.29497e+09"),
+        (["--views", "1000000000"], "below 1000"),
+        (["--checkpoint", "model.json"], "call it model.pth"),
         (["--lr", "1e38"], "below 1e+09"),
         (["--device", "cuda"], "no such device"),
         (["--device", "gpu"], "expected auto, cpu"),
@@ -424,6 +447,34 @@ def test_a_mistake_gets_one_line_and_2(run, tmp_path, capsys, flags, expected):
     error = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning:")]
     assert status == 2 and len(error) == 1 and expected in error[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_adds_the_traceback(run, capsys):
+    assert run("--arch", "resnet5") == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert run("--arch", "resnet5", "--debug") == 2
+    assert "Traceback" in (error := capsys.readouterr().err) and "train.py" in error
+
+
+def test_make_passes_a_flag_only_where_its_variable_was_given_and_refuses_a_typo():
+    def make(*words):
+        return subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True)
+
+    assert make("train").stdout.splitlines()[-1].split() == [".venv/bin/python", "train.py"]
+    line = make("train", "EPOCHS=3", "GPUS=4", "DATA=/scans/chest x").stdout.splitlines()[-1]
+    assert line.startswith(".venv/bin/python -m torch.distributed.run --standalone --nproc-per-node 4 train.py ")
+    assert '--epochs "3"' in line and '--data-dir "/scans/chest x"' in line
+    assert [line.split()[1] for line in make("all").stdout.splitlines()[-3:]] == [
+        "split_val.py", "train.py", "evaluate.py"
+    ]  # fmt: skip
+    typo = make("train", "EPOCH=3")
+    assert typo.returncode == 2 and "unknown variable EPOCH" in typo.stderr
+
+
+def test_training_does_not_wait_for_torchmetrics(phantoms, tmp_path):
+    flags = command(phantoms, tmp_path / "cache", tmp_path, "--views", "1", "--epochs", "1")[1:]
+    code = "import sys, train\nassert train.main(sys.argv[1:]) == 0 and 'torchmetrics' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
 def test_help_tells_every_default(capsys):
@@ -454,6 +505,9 @@ def test_two_processes_of_torchrun_give_the_model_of_one(phantoms, tmp_path):
     )
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("Training complete") == 1
+    files = list((tmp_path / "a").glob("*/*.features"))
+    record = 36 + 4 * 512 + 4  # bytes: key, vector and CRC
+    assert [path.stat().st_size // record for path in files] == [56, 56]  # 32 * 3 + 16 views, none of them twice
     model = (tmp_path / "model.pth").read_bytes()
     one = subprocess.run([sys.executable, *command(phantoms, tmp_path / "b", tmp_path, *flags)], cwd=ROOT)
     assert one.returncode == 0 and (tmp_path / "model.pth").read_bytes() == model
