@@ -388,6 +388,12 @@ def patient_of(name, cautious=False):
     return study or (person if cautious else f"{person}_{etiology}")
 
 
+def patient_key(path):
+    """What keeps the images of a patient together: the cautious key, or the image's own path where there is none."""
+    # with the folder: the same file name may stand in both classes
+    return patient_of(path.name, cautious=True) or f"{path.parent.name}/{path.name}"
+
+
 def load_image(path) -> PIL.Image.Image:
     """The image at `path`, upright, 8 bit, of at least SIZE x SIZE pixels wherever the file has them.
 
@@ -485,8 +491,9 @@ def pick_device(name):
         name += f":{os.environ.get('LOCAL_RANK', 0)}"  # torchrun: a GPU for each process
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise Failure(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
-    count = torch.cuda.device_count() if cuda else int(mps and name == "mps")
-    if name != "cpu" and int(name.partition(":")[2] or 0) >= (count if name != "mps" else int(mps)):
+    kind, _, index = name.partition(":")
+    count = {"cpu": 1, "mps": int(mps), "cuda": torch.cuda.device_count() if cuda else 0}[kind]
+    if int(index or 0) >= count:
         raise Failure(f"--device {name}: no such device here ({count} found); use --device auto or cpu")
     device, dtype = torch.device(name), torch.float32
     if device.type == "cuda":

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 import common
-from common import CLASSES, SPLIT_FILE, Failure, patient_of, warn
+from common import CLASSES, SPLIT_FILE, Failure, patient_key, patient_of, warn
 
 # ---------------------------------------------------------------- the choice
 
@@ -36,12 +36,6 @@ def grouped(items, key):
     for item in items:
         groups.setdefault(key(item), []).append(item)
     return groups
-
-
-def patient_key(path):
-    """The cautious key of an image's patient; the image's own path where its name tells no patient."""
-    # with the folder: the same file name may stand in both classes
-    return patient_of(path.name, cautious=True) or f"{path.parent.name}/{path.name}"
 
 
 def count(files):

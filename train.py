@@ -14,10 +14,12 @@ import argparse
 import contextlib
 import csv
 import hashlib
+import http.client
 import io
 import math
 import os
 import platform
+import socket
 import statistics
 import sys
 import time
@@ -67,11 +69,11 @@ def initial_state(args):
     return common.read_state(path), path
 
 
+DOWNLOAD_ERRORS = (OSError, RuntimeError, http.client.HTTPException)
+
+
 def imagenet_file(arch):
     """Path of torchvision's ImageNet weights of `arch` in torch's cache, downloaded if absent, its hash checked."""
-    import http.client
-    import socket
-
     import torch
     from torchvision.models import get_model_weights
 
@@ -85,28 +87,37 @@ def imagenet_file(arch):
     if not path.exists():
         common.require_space(path.parent, 150_000_000, "another folder with TORCH_HOME")
         print(f"Downloading {url} to {path}", flush=True)
-        timeout = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(12)  # seconds without a byte; without it a stalled server hangs for ever
         try:
-            for attempt in range(3):
-                try:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    for old in path.parent.glob(f"{path.name}.*.partial"):  # of a killed run: nothing writes to it
-                        if time.time() - old.stat().st_mtime > 600:
-                            old.unlink()
-                    torch.hub.download_url_to_file(url, str(path), expected, progress=sys.stderr.isatty())
-                    break
-                except (OSError, RuntimeError, http.client.HTTPException) as error:
-                    if attempt == 2 or getattr(error, "code", 0) == 404:
-                        status = 4 if isinstance(error, OSError) and error.errno in common.FULL else 2
-                        message = f"cannot download the ImageNet weights ({error}): try again, {by_hand}"
-                        raise Failure(message, status) from None
-                    time.sleep(1)
-        finally:
-            socket.setdefaulttimeout(timeout)
+            download(url, path, expected)
+        except DOWNLOAD_ERRORS as error:
+            status = 4 if isinstance(error, OSError) and error.errno in common.FULL else 2
+            message = f"cannot download the ImageNet weights ({error}): try again, {by_hand}"
+            raise Failure(message, status) from None
     if not common.hash_file(path).startswith(expected):
         raise Failure(f"{path}: not the file that torchvision published (its SHA-256 differs); delete it, {by_hand}")
     return path
+
+
+def download(url, path, expected):
+    """Puts the file at `url` at `path` if its SHA-256 begins with `expected`; the third failure is raised."""
+    import torch
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for old in path.parent.glob(f"{path.name}.*.partial"):  # of a killed run: nothing writes to it
+        if time.time() - old.stat().st_mtime > 600:
+            old.unlink()
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(12)  # seconds without a byte; without it a stalled server hangs for ever
+    try:
+        for attempt in range(3):
+            try:
+                return torch.hub.download_url_to_file(url, str(path), expected, progress=sys.stderr.isatty())
+            except DOWNLOAD_ERRORS as error:
+                if attempt == 2 or getattr(error, "code", 0) == 404:
+                    raise
+                time.sleep(1)
+    finally:
+        socket.setdefaulttimeout(timeout)
 
 
 # ---------------------------------------------------------------- the head
@@ -319,7 +330,7 @@ def grouped_folds(images, count, seed):
     """The fold, 0 to count-1, of each image: whole patients (cautious key), classes evenly spread, drawn from seed."""
     groups = {}
     for row, image in enumerate(images):
-        groups.setdefault(common.patient_of(image.path.name, cautious=True) or image.path.name, []).append(row)
+        groups.setdefault(common.patient_key(image.path), []).append(row)
     folds, sizes = [0] * len(images), [[0] * len(CLASSES) for _ in range(count)]
     for patient in sorted(groups, key=lambda patient: hashlib.sha256(os.fsencode(f"{seed} {patient}")).digest()):
         rows = groups[patient]
