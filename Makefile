@@ -26,7 +26,7 @@ help:  ## this page
 #=   DATA MODEL RESULTS             folder of the images, checkpoint, folder of the report
 #=   EPOCHS LR PATIENCE BATCH_SIZE  training
 #=   VIEWS ARCH WEIGHTS             variants of a training image; network; imagenet, random or a file
-#=   SEED DEVICE WORKERS GPUS       seed; cpu, cuda, mps; decoding processes; GPUS=4 shares the feature pass
+#=   SEED DEVICE WORKERS GPUS       seed; cpu, cuda, mps; decoding processes; GPUS=4 shares the pass (train, cv, all)
 #=   IMAGES ARGS PYTHON             for predict; further flags, of train.py in all (ARGS=--help); makes .venv
 
 .venv/installed: requirements.txt
@@ -48,7 +48,7 @@ check: install  ## look for leaks, duplicates and shortcuts in the data
 train: install  ## train the classifier: model.pth, model.json, curves
 	$(launch) train.py $(train_flags) $(ARGS)
 cv: install  ## cross-validate instead: the spread of every number
-	$(RUN) train.py --folds 5 --repeats 5 $(train_flags) $(ARGS)
+	$(launch) train.py --folds 5 --repeats 5 $(train_flags) $(ARGS)
 
 evaluate: install  ## score the test images: metrics, predictions, pictures
 	$(RUN) evaluate.py $(run_flags) $(ARGS)

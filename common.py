@@ -14,6 +14,7 @@ import errno
 import hashlib
 import inspect
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -182,6 +183,8 @@ def describe_error(error, args):
         return error.status, text
     if isinstance(error, KeyboardInterrupt):
         kept = f"written before: {', '.join(written)}" if written else "every file is as it was"
+        if not vars(args).get("no_cache", True):
+            kept += f"; features computed so far are kept in {args.cache_dir}"
         return (143 if isinstance(error, Terminated) else 130), text or f"interrupted; {kept}"
     if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
         flags = [
@@ -595,8 +598,8 @@ def read_state(path):
 
 
 def hash_network(network):
-    """SHA-256 over every parameter and buffer of `network`, in hex."""
-    digest = hashlib.sha256()
+    """SHA-256 over the modules of `network`, with their settings, and every parameter and buffer, in hex."""
+    digest = hashlib.sha256(repr(network).encode())
     for name, tensor in network.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.contiguous().reshape(-1).numpy().data)
@@ -634,7 +637,12 @@ class FeatureStore:
 
         damaged, size = 0, self.record.itemsize
         for path in sorted(self.folder.glob("*.features")):
-            with open(path, "rb") as file:
+            try:
+                file = open(path, "rb")
+            except OSError as error:
+                warn(f"{path}: passed over ({error.strerror})")
+                continue
+            with file:
                 while len(block := file.read(256 * size)) >= size:
                     whole = len(block) // size  # the last record may still be in writing
                     records = np.frombuffer(block, self.record, whole)
@@ -645,7 +653,7 @@ class FeatureStore:
                             for row, view in wanted.pop(key.tobytes(), ()):
                                 features[row, view] = torch.from_numpy(records["vector"][i].copy())
         if damaged and wanted:
-            warn(f"{self.folder}: {damaged} damaged records, computed again")
+            warn(f"{self.folder}: {damaged} damaged records, computed again where needed")
 
     def append(self, keys, vectors):
         import numpy as np
@@ -786,11 +794,12 @@ def forward_views(network, loader, size, device, dtype, unreadable):
     """Yields ([(job's index, position of the view in it)], float32 (n, width) on the CPU), batch by batch.
 
     Every batch has `size` images, the last one filled up with black ones: a vector then does not depend on how many
-    others came with it. On CUDA a batch is fetched when the next one has been started, so the device never waits.
-    unreadable: a dict that receives {job's index: reason}.
+    others came with it. On CUDA two batches wait in the device's queue while the next one is gathered; each result is
+    copied behind its batch, and an event tells that it has arrived. unreadable: receives {job's index: reason}.
     """
     import torch
 
+    cuda = device.type == "cuda"  # elsewhere a copy that does not block may still read memory that is free again
     mean = torch.tensor(MEAN, device=device).view(3, 1, 1) * 255
     std = torch.tensor(STD, device=device).view(3, 1, 1) * 255
     images, places, running = [], [], []
@@ -799,11 +808,14 @@ def forward_views(network, loader, size, device, dtype, unreadable):
         batch = torch.cat(images)
         batch = torch.cat([batch, batch.new_zeros(size - len(batch), *batch.shape[1:])])
         batch = ((batch.float() - mean) / std).to(dtype, memory_format=torch.channels_last)
-        return network(batch)
+        vectors = network(batch).float().to("cpu", non_blocking=cuda)
+        return vectors, torch.cuda.current_stream(device).record_event() if cuda else None
 
     def fetch():
-        where, vectors = running.pop(0)
-        return where, vectors.float().cpu()[: len(where)]
+        where, (vectors, arrived) = running.pop(0)
+        if arrived:
+            arrived.synchronize()
+        return where, vectors[: len(where)]
 
     for index, pixels in loader:
         raise_if_stopped()
@@ -811,13 +823,13 @@ def forward_views(network, loader, size, device, dtype, unreadable):
             unreadable[index] = pixels
             continue
         pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-        pixels = pixels.pin_memory() if device.type == "cuda" else pixels
-        images += pixels.to(device, non_blocking=True).unsqueeze(1)
+        pixels = pixels.pin_memory() if cuda else pixels
+        images += pixels.to(device, non_blocking=cuda).unsqueeze(1)
         places += [(index, i) for i in range(len(pixels))]
         while len(places) >= size:
             running.append((places[:size], forward(images[:size])))
             images, places = images[size:], places[size:]
-            if len(running) > (device.type == "cuda"):
+            if len(running) > 2 * cuda:
                 yield fetch()
     if places:
         running.append((places, forward(images)))
@@ -877,7 +889,8 @@ def compute_features(network, wanted, paths, features, store, args, device, dtyp
     for key in wanted:
         numbers.setdefault(key[:32].hex(), []).append(int.from_bytes(key[32:], "little"))
     rank, world = rank_and_world()
-    jobs = [(paths[digest], digest, views) for digest, views in numbers.items()][rank::world]
+    mine = set(list(paths)[rank::world])  # of all images: what others have stored meanwhile must not shift the shares
+    jobs = [(paths[digest], digest, views) for digest, views in numbers.items() if digest in mine]
     loader = DataLoader(Views(jobs), **loader_settings(args.workers, len(jobs)))
     size = min(args.batch_size, 16) if device.type == "cpu" else args.batch_size  # 16: the fastest on the CPUs measured
     unreadable, start, count = {}, time.perf_counter(), sum(len(views) for _, _, views in jobs)
@@ -910,7 +923,8 @@ def share_reasons(store, reasons):
     import torch.distributed as dist
 
     store.close()  # a network file system shows others a file that is closed
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how torchrun ends the others when one died: no handler runs below
+    for each in (signal.SIGINT, signal.SIGTERM):  # torchrun sends it to the others when one died
+        signal.signal(each, signal.SIG_DFL)  # no handler of Python's runs below
     try:
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))  # one rank may have much more to do
         shares = [None] * dist.get_world_size()
@@ -942,7 +956,7 @@ def begin_worker(_):
     """
 
     def end_with(parent):
-        while os.getppid() == parent:
+        while os.getppid() == parent and multiprocessing.parent_process().is_alive():  # a fork server stays the parent
             time.sleep(0.5)
         os._exit(1)
 

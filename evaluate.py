@@ -173,7 +173,8 @@ def read_predictions(path):
         if not name or name in found:
             raise wrong(number, "file", "a name that no other row has", name)
         if label not in CLASSES:
-            raise wrong(number, "label", " or ".join(CLASSES), label)
+            tables = ", ".join(str(table) for table in path.parent.glob("predictions-*.csv")) or "a table of a split"
+            raise wrong(number, "label", f"{' or '.join(CLASSES)} ({tables} has them)", label)
         try:
             found[name] = CLASSES.index(label), math.nan if error else probability(text), error
         except (ValueError, argparse.ArgumentTypeError):

@@ -140,6 +140,19 @@ def standardise(features, rows):
     return mean.float(), std.float()
 
 
+@contextlib.contextmanager
+def one_thread():
+    """One thread for torch: then a sum has one order on every machine and under torchrun, and a head the same bits."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class Heads:
     """K heads of one output side by side: logits (K, B) of features (K, B, width), each head with its own Adam.
 
@@ -227,6 +240,7 @@ def validate(model, active):
     return total / torch.tensor([len(part) for part in rows])
 
 
+@one_thread()
 def train_heads(features, labels, heads, args, log=print):
     """Trains the heads side by side until each has stopped; ([Trained], whether Ctrl-C or SIGTERM cut it short).
 
@@ -264,6 +278,7 @@ def train_heads(features, labels, heads, args, log=print):
     return best, interrupted
 
 
+@one_thread()
 def logits_of(trained, features, rows):
     """Logits float32 (len(rows),) of a head for view 0 of these rows."""
     return features[rows, 0] @ trained.weight + trained.bias

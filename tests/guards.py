@@ -177,7 +177,7 @@ GUARDS = [
     Guard(
         "no process outlives a killed script",
         "common.py",
-        "while os.getppid() == parent:",
+        "while os.getppid() == parent and multiprocessing.parent_process().is_alive():",
         "while True:",
         f"{FAULTS}a_killed_script_leaves_no_decoding_process",
     ),

@@ -251,6 +251,10 @@ def test_other_weights_precision_or_preprocessing_never_reuse_a_vector(network, 
     other[0].conv1.weight.data[0, 0, 0, 0] += 1e-3
     extract(other, images, [2] * 12, tmp_path)
     assert computed(capsys) == 24
+    other = common.build_network("resnet18")
+    other[0].relu = torch.nn.Hardtanh(0, 0.5)  # the same weights in another network
+    extract(other, images, [2] * 12, tmp_path)
+    assert computed(capsys) == 24
 
     def make_view(image, number, digest, true=common.make_view):
         return true(image, number + 2, digest)
@@ -357,6 +361,27 @@ def test_several_processes_fill_one_store_at_the_same_time(network, images, tmp_
     stored, _ = extract(network, images, [2] * 12, tmp_path)
     assert computed(capsys) == 0
     assert torch.equal(stored, extract(network, images, [2] * 12, None)[0])
+
+
+def test_a_rank_that_starts_late_computes_its_own_share_and_no_more(network, images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "share_reasons", lambda store, reasons: reasons)
+    monkeypatch.setattr(common, "rank_and_world", lambda: (0, 2))
+    with pytest.raises(common.Failure, match="12 are missing"):
+        extract(network, images, [2] * 12, tmp_path)
+    monkeypatch.setattr(common, "rank_and_world", lambda: (1, 2))  # it finds in the store what the other has done
+    features, _ = extract(network, images, [2] * 12, tmp_path)
+    assert computed(capsys) == 24
+    monkeypatch.undo()
+    assert torch.equal(features, extract(network, images, [2] * 12, None)[0])
+
+
+def test_what_is_no_file_in_the_store_is_passed_over(network, images, tmp_path, capsys):
+    first, _ = extract(network, images, [1] * 12, tmp_path)
+    (folder,) = tmp_path.iterdir()
+    (folder / "a.features").mkdir()
+    (folder / "b.features").symlink_to("nowhere")
+    again, _ = extract(network, images, [1] * 12, tmp_path)
+    assert torch.equal(again, first) and capsys.readouterr().err.count("passed over") == 2
 
 
 def test_a_full_disk_is_told_before_the_pass(network, images, tmp_path, monkeypatch):

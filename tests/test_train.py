@@ -174,6 +174,18 @@ def test_heads_side_by_side_equal_heads_one_by_one():
         assert torch.allclose(alone.weight, trained.weight, atol=1e-4)
 
 
+def test_a_head_has_the_same_bits_on_any_number_of_threads():
+    features, labels, head = head_problem(n=159, width=2048)  # where torch's own product differs by the last bit
+    args, found, before = Namespace(epochs=3, patience=0, batch_size=50), [], torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        (trained,), _ = train.train_heads(features, labels, [head], args, log=lambda line: None)
+        found.append((trained.weight.tolist(), trained.history, train.logits_of(trained, features, head.val).tolist()))
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+    assert found[0] == found[1]
+
+
 def test_early_stopping_plateau_and_best_epoch_follow_the_validation_loss():
     features, labels, head = head_problem()
     labels = torch.cat([labels[:60], 1 - labels[60:]])  # validation gets worse from the start
