@@ -13,6 +13,7 @@ import contextlib
 import errno
 import hashlib
 import inspect
+import io
 import json
 import multiprocessing
 import os
@@ -36,6 +37,14 @@ if TYPE_CHECKING:
 
 CLASSES = ("NORMAL", "PNEUMONIA")  # class 1, PNEUMONIA, is the positive one
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+FORMATS = (
+    "BMP",
+    "JPEG",
+    "PNG",
+    "PPM",
+    "TIFF",
+    "WEBP",
+)  # others Pillow may hand to programs of their own, as PostScript
 SIZE = 224  # pixels, height and width of what the network sees
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in [0, 1]
 MAX_PIXELS = 50_000_000  # larger pictures are decompression bombs, not radiographs (those reach about 20 million)
@@ -53,7 +62,7 @@ class Failure(Exception):
         self.status = status
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, or of what a file may take of it
 
 
 class Terminated(KeyboardInterrupt):
@@ -92,7 +101,9 @@ FLAGS = {
     "--checkpoint": dict(type=Path, default=Path("model.pth"), metavar="FILE", help="the trained network"),
     "--results-dir": dict(type=Path, default=Path("results"), metavar="DIR", help="folder for tables and pictures"),
     "--device": dict(default="auto", metavar="NAME", help="auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps"),
-    "--batch-size": dict(type=at_least(int, 1), default=32, metavar="N", help="images the network sees at a time"),
+    "--batch-size": dict(
+        type=at_least(int, 1, below=100_000), default=32, metavar="N", help="images the network sees at a time"
+    ),
     "--workers": dict(
         type=at_least(int, -1),
         default=-1,
@@ -160,6 +171,8 @@ def run(command, args):
     """Calls command(args) and returns the exit status; an error is one line on stderr (--debug: and a traceback)."""
     if rank_and_world()[0]:
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
+    for stream in (sys.stdout, sys.stderr):  # a file's name may be no text in the terminal's encoding
+        stream.reconfigure(errors="backslashreplace")
     written.clear()
     with stoppable():
         try:
@@ -194,11 +207,14 @@ def describe_error(error, args):
     if "DataLoader" in text:
         return 4, f"a process that decodes images died or hung: try --workers 0 ({text[:120]})"
     if isinstance(error, OSError):
-        where = error.filename or "the output"
-        full = error.errno in FULL
-        return (4 if full or error.errno == errno.EIO else 2), f"{where}: {error.strerror or text}" + (
-            "; free some space, or write elsewhere with --checkpoint, --results-dir, --cache-dir" if full else ""
-        )
+        full, denied = error.errno in FULL, error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        text = f"{error.filename or 'the output'}: {error.strerror or text}"
+        flags = [f"--{name.replace('_', '-')}" for name in ("checkpoint", "results_dir", "cache_dir") if name in args]
+        if (full or denied) and flags:
+            remedy = "free some space" if full else "change its permissions"
+            text += f"; {remedy}, or write elsewhere with {', '.join(flags)}"
+        text += f" (written before: {', '.join(written)})" if written else ""
+        return 4 if full or error.errno in (errno.EIO, errno.EAGAIN, errno.EMFILE) else 2, text
     return None, None
 
 
@@ -301,7 +317,8 @@ class Image(NamedTuple):
 def list_images(folder):
     """Paths of the image files directly inside `folder`, sorted by name; hidden files do not count."""
     entries = os.scandir(folder)
-    names = sorted(entry.name for entry in entries if entry.is_file() or (entry.is_symlink() and not entry.is_dir()))
+    # a link to nothing counts, to be reported; a pipe, a device or a link to one does not
+    names = sorted(entry.name for entry in entries if entry.is_file() or not os.path.exists(entry))
     return [Path(folder, name) for name in names if name[0] != "." and Path(name).suffix.lower() in SUFFIXES]
 
 
@@ -354,6 +371,7 @@ def read_split(data_dir, *splits):
     if record.get("state", "done") != "done":
         raise Failure(f"{data_dir}: a split was interrupted; run split_val.py again, which completes it")
     found, seen, gone = {split: [] for split in splits}, {}, []
+    classes = {digest: file.split("/")[-2:-1] for file, digest in record["sha256"].items()}
     for file, digest in record["sha256"].items():
         path, asked = Path(data_dir, file), file.partition("/")[0] in splits
         if asked and not os.path.lexists(path):
@@ -367,6 +385,9 @@ def read_split(data_dir, *splits):
             raise Failure(
                 f"{path}: its content changed since {SPLIT_FILE} recorded it; restore it, or split_val.py --undo"
             )
+        if classes.get(digest, [CLASSES[label]]) != [CLASSES[label]]:
+            was = f"{path}: {SPLIT_FILE} recorded this image as {''.join(classes[digest])}"
+            raise Failure(f"{was}; move it back, or split_val.py --undo and split again")
         twin = seen.setdefault(digest, path)
         # the same damage, an empty file say, is no twin: the pass will report it
         if digest and twin.parent != path.parent and not isinstance(read_or_explain(load_image, path), str):
@@ -400,6 +421,7 @@ def patient_key(path):
 def load_image(path) -> PIL.Image.Image:
     """The image at `path`, upright, 8 bit, of at least SIZE x SIZE pixels wherever the file has them.
 
+    path: a path, or a file opened in binary mode.
     Mode L for grey files, else RGB: make_view is 1.7 times as fast on one channel, with the same result.
     A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size (libjpeg's scaled DCT), never below what the resize needs.
     16-bit and float greyscale is windowed by its own minimum and maximum. Alpha is dropped.
@@ -411,7 +433,7 @@ def load_image(path) -> PIL.Image.Image:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd metadata; damaged pixels raise, and MAX_PIXELS stops the bombs
-        with Pillow.open(path) as image:
+        with Pillow.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
             if max(image.size) > 20 * min(image.size):  # the resize would make it huge
@@ -514,9 +536,13 @@ def new_network(arch, device):
 
     import torch
     from torch import nn
-    from torchvision.models import get_model, list_models
+    from torchvision.models import get_model, get_model_builder, list_models
 
     try:
+        if re.match(
+            r"torchvision\.models\.(detection|optical_flow|segmentation|video)", get_model_builder(arch).__module__
+        ):
+            raise ValueError
         with torch.device(device), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             network = get_model(arch, weights=None)
@@ -582,10 +608,10 @@ def read_state(path):
             if value.numel() * value.element_size() > size:
                 raise Failure(f"{path}: {key} is larger than the file")
             negative = key.endswith("running_var") and value.min() < 0
-            if negative or value.is_complex() or not value.isfinite().all():
+            if negative or value.is_complex() or not value.float().isfinite().all():
                 raise Failure(f"{path}: {key} has impossible values (complex, not finite, or a negative variance)")
     except Exception as error:  # the unpickler raises whatever the bytes make it stumble over
-        if isinstance(error, MemoryError | Failure):
+        if isinstance(error, MemoryError | Failure | PermissionError):
             raise
         # not torch's own text: that recommends to run the code in the file
         reason = f"{type(error).__name__}: it is damaged, or holds more than tensors"
@@ -693,7 +719,10 @@ class Views:
         import numpy as np
 
         def draw(path):
-            image = load_image(path)
+            content = Path(path).read_bytes()
+            if hashlib.sha256(content).hexdigest() != digest:  # or the store would keep it under another image's hash
+                raise ValueError("its content changed during this run")
+            image = load_image(io.BytesIO(content))
             return np.stack([np.asarray(make_view(image, number, digest)) for number in numbers])
 
         path, digest, numbers = self.jobs[index]
@@ -866,13 +895,13 @@ def extract_features(network, width, images, views, args, device, dtype):
             require_space(store.folder, len(wanted) * store.record.itemsize, "--cache-dir, or compute with --no-cache")
             print(f"Features: {total - len(wanted)} of {total} are in {args.cache_dir}", flush=True)
         reasons |= compute_features(network, wanted, paths, features, store, args, device, dtype)
-    if distributed := rank_and_world()[1] > 1:
+    if rank_and_world()[1] > 1:
         reasons = share_reasons(store, reasons)
         store.load(wanted, features)
     bad = {row: reasons[image.digest] for row, image in enumerate(images) if image.digest in reasons}
     lost = [images[row] for rows in wanted.values() for row, _ in rows if row not in bad]
-    if distributed and lost:
-        raise Failure(f"{args.cache_dir}: expected the features of all ranks, {len(lost)} are missing; run it again")
+    if lost:
+        raise Failure(f"{args.cache_dir}: expected the features of all ranks, {len(lost)} are missing; run it again", 4)
     return features, bad
 
 
@@ -896,7 +925,7 @@ def compute_features(network, wanted, paths, features, store, args, device, dtyp
     unreadable, start, count = {}, time.perf_counter(), sum(len(views) for _, _, views in jobs)
     with torch.inference_mode(), tqdm(total=count, unit="img", disable=True if rank else None) as bar:
         network = fast_copy(network, device, dtype)
-        for where, vectors in forward_views(network, loader, size, device, dtype, unreadable):
+        for where, vectors in forward_views(network, watched(loader), size, device, dtype, unreadable):
             if not vectors.isfinite().all():
                 raise Failure(f"the network's output is not finite in {dtype}; use --device cpu", 3)
             keys = [FeatureStore.key(jobs[index][1], jobs[index][2][i]) for index, i in where]
@@ -912,8 +941,10 @@ def compute_features(network, wanted, paths, features, store, args, device, dtyp
 
 
 def rank_and_world():
-    """(this process's rank, number of processes), as torchrun sets them."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """(this process's rank, number of processes) under torchrun, else (0, 1): a stray RANK must not drop images."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def share_reasons(store, reasons):
@@ -946,7 +977,36 @@ def loader_settings(workers, jobs):
         workers = min(8, cores) if jobs >= 200 else 0
     # tuple: as they are; the default would make tensors of the arrays
     settings = {"batch_size": None, "collate_fn": tuple, "num_workers": workers, "worker_init_fn": begin_worker}
-    return settings | ({"timeout": 100, "prefetch_factor": 4} if workers else {})
+    return settings | ({"prefetch_factor": 4} if workers else {})
+
+
+PATIENCE = 100  # seconds that a worker may take: two minutes in all, with the start of the processes
+
+
+def watched(loader):
+    """The loader's items. A worker that hangs is a Failure; DataLoader's timeout misses one that is handing over."""
+
+    def give_up(*_):
+        sys.unraisablehook = lambda _: None  # DataLoader's __del__ would complain
+        for worker in multiprocessing.active_children():
+            worker.kill()  # one that is stopped would not answer SIGTERM
+        raise Failure("a process that decodes images hung: try --workers 0", 4)
+
+    items, before = iter(loader), None
+    with contextlib.suppress(ValueError):  # only the main thread may set a handler
+        before = signal.signal(signal.SIGALRM, give_up) if loader.num_workers else None
+    try:
+        while True:
+            signal.alarm(PATIENCE if before is not None else 0)
+            item = next(items, None)
+            signal.alarm(0)
+            if item is None:
+                return
+            yield item
+    finally:
+        signal.alarm(0)
+        if before is not None:
+            signal.signal(signal.SIGALRM, before)
 
 
 def begin_worker(_):
@@ -980,7 +1040,11 @@ def require_writable(*paths):
         if path.exists() and not path.is_file():
             raise Failure(f"{path}: expected a file to write, found a folder or a device")
         path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
+        try:
+            tempfile.TemporaryFile(dir=path.parent).close()
+        except OSError as error:
+            error.filename = str(path.parent)  # not that of the trial
+            raise
 
 
 def without_bad(images, bad, skip):
@@ -1042,7 +1106,7 @@ def look_closely(path):
     from PIL import Image as Pillow
     from PIL import ImageMode
 
-    with Pillow.open(path) as image:
+    with Pillow.open(path, formats=FORMATS) as image:
         (width, height), mode = image.size, ImageMode.getmode(image.mode)
         kinds = {"sizes": f"{width}x{height}", "modes": image.mode, "formats": image.format}
         tables = getattr(image, "quantization", None)

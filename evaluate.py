@@ -138,7 +138,7 @@ def predict(model, images, args, dtype):
     if not args.images:
         common.without_bad(images, bad, args.skip_bad)
     files = [image.path if args.images else image.path.relative_to(args.data_dir) for image in images]
-    files = [file.as_posix().encode(errors="replace").decode() for file in files]
+    files = [file.as_posix().encode(errors="backslashreplace").decode() for file in files]
     errors = [bad.get(row, "") for row in range(len(images))]
     return Table(files, [image.label for image in images], probs.numpy(), errors)
 
@@ -827,6 +827,10 @@ def require_outputs(args):
     """A Failure, before the work, where what is to be written cannot be."""
     common.require_writable(*(args.results_dir / name for name in ("metrics.json", "predictions.csv", "roc.png")))
     if args.cam:
+        splits = [args.data_dir / split / name for split in ("train", "val", "test") for name in ("", *CLASSES)]
+        sources = splits + [path if path.is_dir() else path.parent for path in args.images]
+        if args.cam.resolve() in map(Path.resolve, sources):
+            raise Failure(f"--cam {args.cam}: images lie there, and maps would count as images; choose another folder")
         common.require_writable(args.cam / "map.png")
 
 

@@ -578,7 +578,7 @@ def print_report(report):
     if problems[LINES:]:
         problems[LINES:] = [f"and {len(problems) - LINES} more; --json FILE holds all"]
     for text in problems:
-        print(f"  {text}".encode(errors="backslashreplace").decode())  # file names need not be printable
+        print(f"  {text}")
 
 
 def check(args):

@@ -543,10 +543,14 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.folds in (1, 2):
         parser.error(f"--folds {args.folds}: expected 3 or more, for training, early stopping and testing")
-    if args.checkpoint.suffix == ".json":
+    if (args.seeds if args.folds else args.repeats) > 1:
+        parser.error("--repeats needs --folds, and --seeds goes without them")
+    if args.checkpoint.suffix not in (".pth", ".pt") or args.checkpoint.with_suffix(".json").name == common.SPLIT_FILE:
         parser.error(
-            f"--checkpoint {args.checkpoint}: this is where the file about it goes; call it {args.checkpoint.stem}.pth"
+            f"--checkpoint {args.checkpoint}: expected a name like model.pth; model.json beside it tells about it"
         )
+    if args.checkpoint.resolve() == Path(args.weights).resolve():
+        parser.error(f"--checkpoint {args.checkpoint}: these are the --weights; save the trained network elsewhere")
     return args
 
 
@@ -557,7 +561,8 @@ def load_features(args):
     network, head_name, width, _ = common.build_network(args.arch, *initial_state(args))
     size = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
     common.require_space(args.checkpoint.parent, size + 1_000_000, "another folder with --checkpoint")
-    common.require_writable(args.checkpoint, args.results_dir / "history.csv")
+    about = args.checkpoint.with_suffix(".json")
+    common.require_writable(args.checkpoint, about, args.results_dir / "history.csv")
 
     images, n_train = found["train"] + found["val"], len(found["train"])
     views = [args.views if args.folds or row < n_train else 1 for row in range(len(images))]

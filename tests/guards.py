@@ -58,7 +58,7 @@ GUARDS = [
     Guard(
         "finite weights",
         "common.py",
-        "not value.isfinite().all()",
+        "not value.float().isfinite().all()",
         "False",
         f"{FAULTS}an_absurd_checkpoint_is_one_line_and_2",
     ),
@@ -184,8 +184,8 @@ GUARDS = [
     Guard(
         "a hung worker is given up",
         "common.py",
-        '"timeout": 100',
-        '"timeout": 0',
+        "signal.alarm(PATIENCE if",
+        "signal.alarm(0 if",
         f"{FAULTS}a_decoding_process_that_dies_or_hangs_is_a_message",
     ),
     Guard(

@@ -313,7 +313,34 @@ def test_an_image_is_decoded_once_for_all_its_views(network, images, monkeypatch
     true, decoded = common.load_image, []
     monkeypatch.setattr(common, "load_image", lambda path: (decoded.append(path), true(path))[1])
     extract(network, images, [5] * 12, None)
-    assert sorted(decoded) == sorted(image.path for image in images)
+    assert len(decoded) == len(images)
+
+
+def test_an_image_that_changes_between_its_hash_and_the_pass_is_never_stored(network, images, tmp_path, monkeypatch):
+    path = tmp_path / "x.jpeg"
+    path.write_bytes(images[0].path.read_bytes())
+    image = common.Image(path, 0, common.hash_file(path))
+    path.write_bytes(images[1].path.read_bytes())  # a copy that still runs, say
+    features, bad = extract(network, [image], [2], tmp_path / "cache")
+    assert bad == {0: "its content changed during this run"} and not list(tmp_path.glob("cache/*/*.features"))
+    path.write_bytes(images[0].path.read_bytes())
+    features, bad = extract(network, [image], [2], tmp_path / "cache")
+    assert not bad and torch.equal(features, extract(network, images[:1], [2], None)[0])
+
+
+def test_a_rank_that_is_not_torchrun_s_is_ignored(network, images, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    features, _ = extract(network, images, [1] * 12, None)
+    assert features.abs().sum((1, 2)).min() > 0
+
+
+def test_no_format_is_tried_that_pillow_hands_to_another_program(tmp_path, monkeypatch):
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    (tmp_path / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 300 300\n%%EndComments\nshowpage\n")
+    assert common.read_or_explain(common.load_image, tmp_path / "x.png") == "no image, or of an unknown format"
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_killed_run_loses_at_most_the_batch_in_flight(network, images, tmp_path, capsys):

@@ -736,7 +736,7 @@ def test_every_kind_of_file_scores_as_the_grey_pixels_in_it(run, data, tmp_path)
     assert len(probs) == 10
     for name, prob in probs.items():
         assert prob == pytest.approx(probs["0.png"], abs=1e-5), name
-    views = common.Views([(folder / name, "", [0]) for name in probs])
+    views = common.Views([(folder / name, common.hash_file(folder / name), [0]) for name in probs])
     for i in range(len(views)):
         assert (views[i][1][0, :, :, 1] == grey).all()
 
