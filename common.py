@@ -370,8 +370,8 @@ def read_split(data_dir, *splits):
     record = read_json(Path(data_dir, SPLIT_FILE), {"sha256": {str: str}, "state": str}) or {"sha256": {}}
     if record.get("state", "done") != "done":
         raise Failure(f"{data_dir}: a split was interrupted; run split_val.py again, which completes it")
-    found, seen, gone = {split: [] for split in splits}, {}, []
-    classes = {digest: file.split("/")[-2:-1] for file, digest in record["sha256"].items()}
+    found, seen, gone, moved = {split: [] for split in splits}, {}, [], []
+    classes = {digest: Path(file).parent.name for file, digest in record["sha256"].items()}
     for file, digest in record["sha256"].items():
         path, asked = Path(data_dir, file), file.partition("/")[0] in splits
         if asked and not os.path.lexists(path):
@@ -385,14 +385,15 @@ def read_split(data_dir, *splits):
             raise Failure(
                 f"{path}: its content changed since {SPLIT_FILE} recorded it; restore it, or split_val.py --undo"
             )
-        if classes.get(digest, [CLASSES[label]]) != [CLASSES[label]]:
-            was = f"{path}: {SPLIT_FILE} recorded this image as {''.join(classes[digest])}"
-            raise Failure(f"{was}; move it back, or split_val.py --undo and split again")
+        if classes.get(digest, CLASSES[label]) != CLASSES[label]:
+            moved.append(f"{path}: {SPLIT_FILE} recorded this image as {classes[digest]}")
         twin = seen.setdefault(digest, path)
         # the same damage, an empty file say, is no twin: the pass will report it
         if digest and twin.parent != path.parent and not isinstance(read_or_explain(load_image, path), str):
             raise Failure(f"{path}: the same image as {twin}; remove one of them")
         found[split].append(Image(path, label, digest))
+    if moved:
+        raise Failure(f"{moved[0]}; move it back, or split_val.py --undo and split again")
     return found
 
 

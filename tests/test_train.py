@@ -473,7 +473,8 @@ def test_debug_adds_the_traceback(run, capsys):
 
 def test_make_passes_a_flag_only_where_its_variable_was_given_and_refuses_a_typo():
     def make(*words):
-        return subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True)
+        alone = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+        return subprocess.run(["make", "-n", *words], cwd=ROOT, env=alone, capture_output=True, text=True)
 
     assert make("train").stdout.splitlines()[-1].split() == [".venv/bin/python", "train.py"]
     line = make("train", "EPOCHS=3", "GPUS=4", "DATA=/scans/chest x").stdout.splitlines()[-1]
