@@ -37,14 +37,8 @@ if TYPE_CHECKING:
 
 CLASSES = ("NORMAL", "PNEUMONIA")  # class 1, PNEUMONIA, is the positive one
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-FORMATS = (
-    "BMP",
-    "JPEG",
-    "PNG",
-    "PPM",
-    "TIFF",
-    "WEBP",
-)  # others Pillow may hand to programs of their own, as PostScript
+# others Pillow may hand to programs of their own, as PostScript
+FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 SIZE = 224  # pixels, height and width of what the network sees
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in [0, 1]
 MAX_PIXELS = 50_000_000  # larger pictures are decompression bombs, not radiographs (those reach about 20 million)
@@ -172,7 +166,8 @@ def run(command, args):
     if rank_and_world()[0]:
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
     for stream in (sys.stdout, sys.stderr):  # a file's name may be no text in the terminal's encoding
-        stream.reconfigure(errors="backslashreplace")
+        with contextlib.suppress(AttributeError):  # a notebook's own stream
+            stream.reconfigure(errors="backslashreplace")
     written.clear()
     with stoppable():
         try:
@@ -381,11 +376,12 @@ def read_split(data_dir, *splits):
     if gone:
         warn(f"{gone[0]}: gone since {SPLIT_FILE} recorded it ({len(gone)} such images)")
     for (split, path, label), digest in zip(listed, digests, strict=True):
-        if digest and record["sha256"].get(path.relative_to(data_dir).as_posix(), digest) != digest:
+        file = path.relative_to(data_dir).as_posix()
+        if digest and record["sha256"].get(file, digest) != digest:
             raise Failure(
                 f"{path}: its content changed since {SPLIT_FILE} recorded it; restore it, or split_val.py --undo"
             )
-        if classes.get(digest, CLASSES[label]) != CLASSES[label]:
+        if file not in record["sha256"] and classes.get(digest, CLASSES[label]) != CLASSES[label]:
             moved.append(f"{path}: {SPLIT_FILE} recorded this image as {classes[digest]}")
         twin = seen.setdefault(digest, path)
         # the same damage, an empty file say, is no twin: the pass will report it

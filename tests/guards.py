@@ -114,8 +114,8 @@ GUARDS = [
     Guard(
         "hash of every image",
         "common.py",
-        ".as_posix(), digest) != digest:",
-        ".as_posix(), digest) is None:",
+        ".get(file, digest) != digest:",
+        ".get(file, digest) is None:",
         f"{FAULTS}every_changed_byte_of_a_recorded_image_is_refused_with_its_path",
     ),
     Guard(

@@ -328,6 +328,15 @@ def test_a_recorded_image_under_the_other_class_is_refused(run, folder, home):
     assert status == 2 and len(lines) == 1 and "zz.jpeg: split_val.json recorded this image as NORMAL" in lines[0]
 
 
+def test_the_same_damage_recorded_in_both_classes_is_told_as_damage(run, folder, home):
+    assert split_val.main(["--data-dir", str(folder), "--undo"]) == 0
+    for name in common.CLASSES:
+        (folder / "train" / name / "x.jpeg").write_bytes(b"")
+    assert split_val.main(["--data-dir", str(folder), "--per-class", "4"]) == 0
+    status, lines = run("train", folder, home)
+    assert status == 2 and len(lines) == 2 and all("the file is empty" in line for line in lines), lines
+
+
 def test_names_that_are_no_text_stay_apart(run, folder, home):
     for i, path in enumerate(sorted((folder / "test" / "NORMAL").iterdir())):
         path.rename(path.with_name(os.fsdecode(bytes([0x80 + i])) + ".jpeg"))
