@@ -1,51 +1,666 @@
-"""What split_val.py, train.py and evaluate.py share: the image list, decoding and views, the device, the frozen
-network, the feature pass with its store on disk, checkpoints, scores and the handling of errors.
-
-torch is imported inside the functions that need it: it takes seconds, and `--help`, a typo or splitting a folder
-need none of it.
-"""
-
-from __future__ import annotations
+"""What split_val.py, train.py and evaluate.py share: transforms, images and patients, the frozen
+network and its features, scores, and what every command line needs."""
 
 import argparse
-import atexit
 import contextlib
+import copy
+import difflib
 import errno
 import hashlib
 import inspect
 import io
 import json
-import multiprocessing
 import os
-import platform
 import re
-import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 import traceback
 import warnings
+import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    import PIL.Image
+import numpy as np
+import PIL.Image
+import torch
+import torch.distributed as dist
+import torchmetrics.functional.classification as tm
+import torchvision
+from PIL import ImageMode, ImageOps
+from scipy.stats import binomtest
+from torch import nn
+from torch.fx.experimental.optimization import fuse
+from torch.utils.data import DataLoader, Dataset
+from torchvision.models import get_model, get_model_builder, list_models
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+# ---------------------------------------------------------------- transforms
 
 CLASSES = ("NORMAL", "PNEUMONIA")  # class 1, PNEUMONIA, is the positive one
-SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-# others Pillow may hand to programs of their own, as PostScript
-FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 SIZE = 224  # pixels, height and width of what the network sees
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in [0, 1]
-MAX_PIXELS = 50_000_000  # larger pictures are decompression bombs, not radiographs (those reach about 20 million)
-SPLIT_FILE = "split_val.json"  # in the data folder: what split_val.py moved, and every image's hash
+
+# The whole film: a centre crop would take the apices and the bases off one that is not square.
+PREPARE = v2.Resize((SIZE, SIZE))
+
+# Random changes of pose and exposure. Edit it as you like: the cache notices.
+AUGMENT = v2.Compose(
+    [
+        v2.RandomHorizontalFlip(),
+        v2.RandomAffine(
+            degrees=10,
+            translate=(0.05, 0.05),
+            scale=(0.9, 1.1),
+            interpolation=v2.InterpolationMode.BILINEAR,
+        ),
+        v2.ColorJitter(brightness=0.2, contrast=0.35),
+    ]
+)
+
+# On the device, a batch at a time: uint8 (N, 1, SIZE, SIZE) to float32 (N, 3, SIZE, SIZE).
+NORMALIZE = v2.Compose([v2.RGB(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
 
 
-# ---------------------------------------------------------------- command line, errors, files
+def make_view(image, number, digest):
+    """View `number` of a prepared image (PIL, mode L): itself, its mirror image, from 2 on AUGMENT.
+
+    AUGMENT is drawn from the image's SHA-256 `digest` and the number, so that a view is the same on
+    every machine, in every run and in any order: that makes its features worth keeping.
+    """
+    if number < 2:
+        return v2.functional.horizontal_flip(image) if number else image
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(digest[:15], 16) + number)
+        return AUGMENT(image)
+
+
+# ---------------------------------------------------------------- images and patients
+
+SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+FORMATS = "BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP"  # others Pillow may hand to other programs
+MAX_PIXELS = 50_000_000  # more is a decompression bomb; radiographs reach about 20 million
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+)  # of NORMAL and PNEUMONIA; Okabe & Ito, told apart by the colour-blind
+SPLIT_FILE = "split_val.json"  # in the data folder: the files that split_val.py moves
+
+# Names of the reference data. In personN_bacteria_M.jpeg N counts the patients of one etiology.
+PATIENT_NAMES = (
+    re.compile(r"(?P<patient>person\d+)_(?P<etiology>bacteria|virus)_\d+"),
+    re.compile(r"(?P<patient>(NORMAL2-)?IM-\d+)-\d+"),
+)
+
+
+class Image(NamedTuple):
+    path: Path
+    label: int | None  # index into CLASSES, None for a new image
+    digest: str  # SHA-256 of the file in hex, "" where it cannot be read
+
+
+def list_images(folder):
+    """Paths of the images directly inside `folder`, sorted by name; hidden files do not count."""
+    paths = [Path(folder, name) for name in sorted(os.listdir(folder)) if name[0] != "."]
+    # a link to nothing counts, to be reported; a pipe or a device does not
+    return [p for p in paths if p.suffix.lower() in SUFFIXES and (p.is_file() or not p.exists())]
+
+
+def list_split(data_dir, split):
+    """[(path, label)] of data_dir/split. Anything but the two class folders is a Failure."""
+    root = Path(data_dir, split)
+    if not root.is_dir():
+        hint = "run split_val.py first" if split == "val" else "see --data-dir"
+        raise Failure(f"{root}: no such folder, expected {' and '.join(CLASSES)} in it ({hint})")
+    for folder in sorted(p for p in root.iterdir() if p.is_dir()):
+        if folder.name not in CLASSES:
+            raise Failure(
+                f"{folder}: expected only the folders {' and '.join(CLASSES)}, spelled so; "
+                "rename or move it"
+            )
+    images = []
+    for label, name in enumerate(CLASSES):
+        folder = root / name
+        if not folder.is_dir():
+            raise Failure(f"{folder}: no such folder, expected the {name} images of {split} in it")
+        if root.is_symlink() or folder.is_symlink():
+            raise Failure(
+                f"{folder}: found a link; link the whole data folder, or name it with --data-dir"
+            )
+        paths = list_images(folder)
+        if not paths:
+            others = sorted({p.suffix or p.name for p in folder.iterdir() if p.name[0] != "."})
+            found = f"only {', '.join(others[:5])}" if others else "an empty folder"
+            raise Failure(
+                f"{folder}: expected images ({' '.join(sorted(SUFFIXES))}), found {found}"
+            )
+        images += [(path, label) for path in paths]
+    return images
+
+
+def read_split(data_dir, *splits):
+    """{split: [Image]}. An interrupted split, or one file in two of the folders, is a Failure."""
+    record = read_json(Path(data_dir, SPLIT_FILE)) or {"moved": {}}
+    for name, files in record["moved"].items():
+        if left := [file for file in files if os.path.lexists(Path(data_dir, "train", name, file))]:
+            raise Failure(
+                f"{Path(data_dir, 'train', name, left[0])}: expected it in val/, as {SPLIT_FILE} "
+                f"says ({len(left)} such images); run split_val.py again to complete the split"
+            )
+    found, first = {}, {}
+    for split in splits:
+        listed = list_split(data_dir, split)
+        with ThreadPoolExecutor() as pool:
+            digests = list(pool.map(hash_file, (path for path, _ in listed)))
+        found[split] = [Image(*each, digest) for each, digest in zip(listed, digests, strict=True)]
+        for image in found[split]:
+            twin = first.setdefault(image.digest, image)
+            if image.digest and twin.path.parent != image.path.parent:
+                raise Failure(f"{image.path}: the same file as {twin.path}; remove one of them")
+    return found
+
+
+def hash_file(path):
+    """SHA-256 of a file's content in hex, "" where it cannot be read."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def patient_of(name, cautious=False):
+    """The patient that an image's name tells, None where it tells none.
+
+    cautious: without the etiology. That may merge two patients, but never separates one.
+    """
+    for pattern in PATIENT_NAMES:
+        if match := pattern.match(name):
+            found = match.groupdict()
+            etiology = "" if cautious or "etiology" not in found else f"_{found['etiology']}"
+            return found["patient"] + etiology
+    return None
+
+
+def patient_key(path):
+    """The cautious patient of an image, or the image itself where its name tells none."""
+    return patient_of(path.name, cautious=True) or f"{path.parent.name}/{path.name}"
+
+
+def open_image(source):
+    """The PIL image at `source`, a path or a binary file, decoded and upright, in its own mode.
+
+    A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size (libjpeg's scaled DCT), never below SIZE.
+    Raises OSError or ValueError with the reason.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd metadata; damaged pixels raise
+        with PIL.Image.open(source, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
+            if max(image.size) > 20 * min(image.size):
+                raise ValueError(f"{image.width}x{image.height} pixels, no radiograph's shape")
+            if image.mode == "1":
+                raise ValueError("a picture of two colours, expected grey levels")
+            image.draft(None, (SIZE, SIZE))
+            return ImageOps.exif_transpose(image)
+
+
+def to_grey(image):
+    """PIL mode L, or mode F where a pixel has 16 bits and more, which must not be clipped to 8."""
+    return image.convert("F" if image.mode[0] in "IF" else "L")
+
+
+def stretch(image, window):
+    """The grey image, PIL mode L, stretched between two of its own grey levels.
+
+    An absolute grey level means nothing on a radiograph: exposure, export and windowing set it.
+    window: per cent of the pixels that turn black, and as many that turn white; 0 leaves an 8-bit
+    image as it is, and stretches one of 16 bits from its minimum to its maximum.
+    """
+    if image.mode == "L":
+        return ImageOps.autocontrast(image, cutoff=window) if window else image
+    pixels = np.asarray(image)
+    if not np.isfinite(pixels).all():
+        raise ValueError("pixels that are not finite")
+    low, high = np.percentile(pixels, (window, 100 - window))
+    pixels = ((pixels - low) / max(high - low, 1e-6) * 255).clip(0, 255)
+    return PIL.Image.fromarray(pixels.astype(np.uint8))  # not rounded, as autocontrast does not
+
+
+def load_image(source, window):
+    """The radiograph as the network sees it: PIL, mode L, SIZE x SIZE; raises as open_image."""
+    return stretch(PREPARE(to_grey(open_image(source))), window)
+
+
+def explain_unreadable(path, error):
+    """Why an image could not be read, in a few words."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(64).lstrip()
+    except OSError as failed:
+        return failed.strerror or str(failed)
+    if not start:
+        return "the file is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "a git-LFS pointer, not the image (git lfs pull)"
+    if start[:5].lower() in (b"<!doc", b"<html"):
+        return "a web page, not an image"
+    if isinstance(error, PIL.UnidentifiedImageError):
+        return "no image, or of an unknown format"
+    return " ".join(str(error).split())[:150] or type(error).__name__
+
+
+# ---------------------------------------------------------------- network
+
+
+def pick_device(name):
+    """(torch.device, fast dtype for training views) for --device; an absent one is a Failure."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "mps" if mps else "cpu"
+    if name == "cuda":
+        name += f":{os.environ.get('LOCAL_RANK', 0)}"  # torchrun: a GPU for each process
+    if not re.fullmatch(r"cpu|mps|cuda:\d+", name):
+        raise Failure(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
+    device = torch.device(name)
+    count = int(mps) if name == "mps" else torch.cuda.device_count() if name != "cpu" else 1
+    if (device.index or 0) >= count:
+        found = f"no such device here ({count} found)"
+        raise Failure(f"--device {name}: {found}; use --device auto or cpu")
+    dtype = torch.float32
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # it would round what is scored to 10 bits
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = torch.bfloat16 if bf16 else torch.float16
+    elif device.type == "cpu":
+        native = torch.cpu.get_capabilities()
+        if any(native.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
+            dtype = torch.bfloat16
+    print(f"Device: {name} (training views in {str(dtype).removeprefix('torch.')})")
+    return device, dtype
+
+
+class Backbone(NamedTuple):
+    network: nn.Module  # images float32 (N, 3, SIZE, SIZE) to features float32 (N, width), frozen
+    head: str  # the name of the last Linear, which the network does without
+    width: int
+    weight: torch.Tensor | None  # of the last Linear in the checkpoint, None without one
+    bias: torch.Tensor | None
+
+
+def build_backbone(arch, state=None, source=None):
+    """torchvision's classifier `arch`, frozen, without its last Linear.
+
+    state: {name: tensor} of the whole network, read from `source`; None draws random weights,
+    always the same. Frozen means, here and only here: no gradients, and eval mode, so that
+    BatchNorm neither uses nor updates batch statistics.
+    """
+    module = get_model_builder(arch).__module__ if arch in list_models() else None
+    if not module or re.search(r"models\.(detection|optical|quantiz|segment|video)", module):
+        close = difflib.get_close_matches(arch, list_models(), 3) or ["resnet50", "densenet121"]
+        raise Failure(f"--arch {arch}: no classifier of torchvision; perhaps {', '.join(close)}?")
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if state else "cpu"):
+        torch.manual_seed(0)
+        network = get_model(arch, weights=None)
+    name, last = list(network.named_modules())[-1]
+    if not isinstance(last, nn.Linear):
+        found = type(last).__name__
+        raise Failure(f"--arch {arch}: expected a network that ends in a Linear, found {found}")
+    network.set_submodule(name, nn.Identity())
+    weight = bias = None
+    if state:
+        state = dict(state)
+        weight, bias = state.pop(f"{name}.weight", None), state.pop(f"{name}.bias", None)
+        try:
+            network.load_state_dict(state, assign=True)
+        except (RuntimeError, NotImplementedError) as error:
+            reason = " ".join(str(error).split("\n\t", 1)[-1].split())
+            raise Failure(f"{source}: not the weights of a {arch}: {reason:.160}") from None
+    network.float().eval().requires_grad_(False)
+    return Backbone(network, name, last.in_features, weight, bias)
+
+
+def read_checkpoint(path):
+    """{name: tensor}, the state dict in a file. Data, never code; a damaged file is a Failure."""
+    path = Path(path)
+    if not path.is_file():
+        raise Failure(f"{path}: no such file, expected a checkpoint")
+    try:
+        size = path.stat().st_size
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if sum(part.file_size for part in archive.infolist()) > size:
+                    raise Failure(f"{path}: a bomb, it unpacks to more than its own size")
+                if broken := archive.testzip():  # torch.load does not check the CRCs
+                    raise Failure(f"{path}: not a readable checkpoint, {broken} is damaged")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = torch.load(path, "cpu", weights_only=True)
+        for key, value in state.items():
+            if value.numel() * value.element_size() > size:
+                raise Failure(f"{path}: {key} is larger than the file")
+            negative = key.endswith("running_var") and value.min() < 0
+            if negative or not value.float().isfinite().all():
+                raise Failure(
+                    f"{path}: {key} has impossible values (not finite, or a negative variance)"
+                )
+    except (MemoryError, PermissionError, Failure):
+        raise
+    except Exception as error:  # the unpickler raises whatever the bytes make it stumble over
+        # not torch's own text: that recommends to run the code in the file
+        expected = f"{path}: not a readable checkpoint, expected a state dict"
+        reason = f"{type(error).__name__}: it is damaged, or holds more than tensors"
+        raise Failure(f"{expected} ({reason})") from error
+    # torchvision's oldest DenseNet files name norm1 "norm.1"; its own loader renames them likewise
+    old = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(\d)")
+    return {old.sub(r"\1\2", key): value for key, value in state.items()}
+
+
+# ---------------------------------------------------------------- features
+
+
+class Views(Dataset):
+    """Item i: (i, uint8 (n_views, 1, SIZE, SIZE), ""), image i in its first views, decoded once.
+
+    An image that cannot be read comes as (i, zeros, the reason).
+    """
+
+    def __init__(self, images, n_views, window):
+        self.images, self.n_views, self.window = images, n_views, window
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        path, _, digest = self.images[i]
+        try:
+            content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest() != digest:
+                raise ValueError("its content changed during this run")
+            image = load_image(io.BytesIO(content), self.window)
+            views = (make_view(image, n, digest) for n in range(self.n_views))
+            return i, torch.stack([v2.functional.pil_to_tensor(view) for view in views]), ""
+        except MemoryError:
+            raise
+        except Exception as error:  # damaged files make decoders raise nearly anything
+            zeros = torch.zeros(self.n_views, 1, SIZE, SIZE, dtype=torch.uint8)
+            return i, zeros, explain_unreadable(path, error)
+
+
+ZIP_ERRORS = zipfile.BadZipFile, zlib.error, NotImplementedError
+
+
+class Cache:
+    """Features on disk: <SHA-256 of the image>.npz with `views`, float32 (n_views, width).
+
+    The folder's name holds what else they depend on. A zip has CRCs, and np.load checks them.
+    """
+
+    def __init__(self, cache_dir, backbone, window, dtype, compiled):
+        digest = hashlib.sha256()
+        for name, tensor in backbone.network.state_dict().items():
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.contiguous().reshape(-1).numpy().data)
+        transforms = PREPARE, AUGMENT, NORMALIZE, window
+        code = map(inspect.getsource, (open_image, to_grey, stretch, load_image, make_view))
+        precision = torchvision.__version__, PIL.__version__, dtype, compiled
+        depends_on = backbone.network, *transforms, *code, *precision
+        digest.update("\n".join(map(str, depends_on)).encode())
+        self.folder = Path(cache_dir, digest.hexdigest()[:24])
+
+    def path(self, image):
+        return self.folder / f"{image.digest}.npz"
+
+    def fill(self, features, images, rows):
+        """Fills features[row], (n_views, width), for the rows that are kept; returns the others."""
+        n_views, missing = features.shape[1], []
+        for row in rows:
+            path = self.path(images[row])
+            try:
+                views = np.load(path)["views"]
+                if len(views) < n_views:
+                    missing.append(row)
+                else:
+                    features[row] = torch.from_numpy(views[:n_views])
+            except FileNotFoundError:
+                missing.append(row)
+            except (OSError, ValueError, RuntimeError, LookupError, EOFError, *ZIP_ERRORS) as error:
+                warn(f"{path}: computed again, it cannot be read ({error})")
+                missing.append(row)
+        if missing:
+            kept = f"{len(rows) - len(missing)} of {len(rows)} images"
+            print(f"Features: {kept} are in {self.folder.parent}", flush=True)
+        return missing
+
+    def save(self, image, views):
+        with replacing(self.path(image), sync=False) as file:  # a cache may be lost
+            np.savez(file, views=views.numpy())
+
+
+def extract_features(backbone, images, n_views, window, device, dtype, args, compiled=False):
+    """The first n_views views of each image through the frozen network, computed in `dtype`.
+
+    Returns (features float32 (N, n_views, width) on the CPU, {row: reason} of unreadable images).
+    What is in the cache is not computed again. Under torchrun each rank computes a share into the
+    cache; rank 0 goes on with what all of them wrote, and the others end.
+    """
+    rank, world = rank_and_world()
+    if args.no_cache and world > 1:
+        raise Failure("--no-cache: torchrun's processes share --cache-dir; leave --no-cache out")
+    cache = None if args.no_cache else Cache(args.cache_dir, backbone, window, dtype, compiled)
+    features = torch.zeros(len(images), n_views, backbone.width)
+
+    def compute(rows):
+        if cache:
+            rows = cache.fill(features, images, rows)
+        views = Views([images[row] for row in rows], n_views, window)
+        return run_network(backbone, views, rows, features, cache, device, dtype, args, compiled)
+
+    bad = compute(range(rank, len(images), world))
+    if world > 1:
+        wait_for_all_ranks()
+        bad = {} if rank else compute(range(len(images)))  # left is what no rank could read
+    return features, bad
+
+
+@torch.inference_mode()
+def run_network(backbone, views, rows, features, cache, device, dtype, args, compiled):
+    """Fills features[rows] with what the network makes of `views`; returns {row: why unreadable}.
+
+    Every batch has one shape, the last one is filled up with black pictures: a vector then does not
+    depend on how many others came with it.
+    """
+    bad, start = {}, time.perf_counter()
+    if not rows:
+        return bad
+    # 16 is the fastest on the CPUs measured
+    batch_size = min(args.batch_size, 16) if device.type == "cpu" else args.batch_size
+    loader = DataLoader(
+        views,
+        batch_size=max(1, batch_size // views.n_views),
+        pin_memory=device.type == "cuda",
+        **worker_settings(args.workers, len(rows), device),
+    )
+    network = fast_copy(backbone.network, device, dtype, compiled)
+    bar = tqdm(total=len(rows) * views.n_views, unit=" views", disable=None)
+    try:
+        for indexes, pictures, reasons in loader:
+            vectors = []
+            for batch in pictures.flatten(0, 1).split(batch_size):
+                filling = batch.new_zeros(batch_size - len(batch), *batch.shape[1:])
+                pixels = torch.cat([batch, filling]).to(device, non_blocking=loader.pin_memory)
+                pixels = NORMALIZE(pixels).to(dtype, memory_format=torch.channels_last)
+                vectors.append(network(pixels).float().cpu()[: len(batch)])
+            vectors = torch.cat(vectors).unflatten(0, pictures.shape[:2])
+            if not vectors.isfinite().all():
+                raise Failure(f"the network's output is not finite in {dtype}; use --device cpu", 3)
+            for index, vector, reason in zip(indexes.tolist(), vectors, reasons, strict=True):
+                row = rows[index]
+                features[row] = vector
+                if reason:
+                    bad[row] = reason
+                elif cache:
+                    cache.save(views.images[index], vector)
+            bar.update(vectors.shape[:2].numel())
+    except RuntimeError as error:  # memory, a dead or hung worker, an operator the device lacks
+        reason = " ".join(str(error).split())[:200]
+        remedy = "try a smaller --batch-size, --workers 0 or --device cpu"
+        raise Failure(f"computing features failed ({reason}); {remedy}", 4) from error
+    finally:
+        bar.close()
+    seconds, count = time.perf_counter() - start, len(rows) * views.n_views
+    speed = f"{count} views in {seconds:.1f} s, {count / seconds:.0f} a second"
+    print(f"Features: {len(rows)} images computed, {speed}", flush=True)
+    return bad
+
+
+def fast_copy(network, device, dtype, compiled):
+    """A copy for the pass: in `dtype`, channels_last, BatchNorm folded into the convolutions."""
+    with contextlib.suppress(Exception):  # what fx cannot trace keeps its BatchNorm
+        network = fuse(network)
+    network = copy.deepcopy(network).to(device, dtype, memory_format=torch.channels_last)
+    return torch.compile(network, options={"freezing": True}) if compiled else network
+
+
+def worker_settings(workers, n_images, device):
+    """DataLoader's arguments. Few images are decoded sooner than processes start.
+
+    Where the network needs both of two cores, processes get in its way: 9.7 ms a view, without 8.9.
+    """
+    if workers < 0:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = min(8, cores) if n_images >= 200 and (device.type != "cpu" or cores > 2) else 0
+    settings = {"num_workers": workers, "worker_init_fn": ignore_ctrl_c}
+    if workers:
+        settings |= {
+            "timeout": 120,
+            "prefetch_factor": 4,
+        }  # seconds until one that hangs is given up
+    return settings
+
+
+def ignore_ctrl_c(_):
+    """In a worker: the main process alone answers Ctrl-C, and ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def rank_and_world():
+    """(rank, number of processes) of torchrun, else (0, 1): a stray RANK must not drop images."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def wait_for_all_ranks():
+    """Returns when every rank has computed its share."""
+    try:
+        if not dist.is_initialized():
+            # days: one rank may have much more to do
+            dist.init_process_group("gloo", timeout=timedelta(days=7))
+        dist.barrier()
+    except RuntimeError as error:
+        reason = f"another process failed ({error})"
+        raise Failure(f"{reason}; what was computed is kept, run it again", 4) from None
+
+
+def end_other_ranks():
+    """Rank 0 goes on alone: what is left to do takes a second."""
+    if rank_and_world()[0]:
+        raise SystemExit(0)
+
+
+def without_bad(images, bad, skip_bad):
+    """The rows to keep, after naming every unreadable image; without skip_bad one is a Failure."""
+    lines = [f"{images[row].path}: {reason}" for row, reason in sorted(bad.items())]
+    if lines and not skip_bad:
+        for line in lines[1:]:
+            print(line, file=sys.stderr)
+        more = f" (and {len(lines) - 1} more, above)" if lines[1:] else ""
+        raise Failure(
+            f"{lines[0]}{more}; repair or remove it, or leave such images out with --skip-bad"
+        )
+    for line in lines:
+        warn(f"left out: {line}")
+    return [row for row in range(len(images)) if row not in bad]
+
+
+# ---------------------------------------------------------------- scores
+
+
+def score(probs, labels, threshold):
+    """{name: float, or None where a denominator is 0}.
+
+    probs: float32 (N,), P(PNEUMONIA); labels: int64 (N,). An image counts as PNEUMONIA above the
+    threshold, not at it. brier: mean squared error of the probability; ece: expected calibration
+    error, 15 bins of equal width (Guo et al. 2017).
+    """
+    n_positive = int((probs > threshold).sum())  # called so
+    n_negative = len(probs) - n_positive
+    values = {
+        "accuracy": tm.binary_accuracy(probs, labels, threshold),
+        "f1": tm.binary_f1_score(probs, labels, threshold),
+        "auroc": tm.binary_auroc(probs, labels),
+        "average_precision": tm.binary_average_precision(probs, labels),
+        "sensitivity": tm.binary_recall(probs, labels, threshold),
+        "specificity": tm.binary_specificity(probs, labels, threshold),
+        "ppv": tm.binary_precision(probs, labels, threshold) if n_positive else None,
+        "npv": tm.binary_negative_predictive_value(probs, labels, threshold)
+        if n_negative
+        else None,
+        "brier": (probs - labels).square().mean(),
+        "ece": tm.binary_calibration_error(probs, labels, n_bins=15),
+    }
+    return {name: None if value is None else float(value) for name, value in values.items()}
+
+
+def wilson(count, n):
+    """{value, low, high} of count / n: Wilson's score interval, 95 %; None each where n is 0."""
+    if n == 0:
+        return {"value": None, "low": None, "high": None}
+    interval = binomtest(count, n).proportion_ci(method="wilson")
+    return {"value": count / n, "low": float(interval.low), "high": float(interval.high)}
+
+
+# ---------------------------------------------------------------- one number instead of a network
+
+
+def image_numbers(path):
+    """({name: float} of what one could go by without any network, the grey PIL image, its format).
+
+    file size: bytes; width, height: pixels of the file; mode: bits a pixel (8 grey, 24 RGB);
+    JPEG quality: 1 to 100 as libjpeg counts, from the quantisation table (exact from 20 to 99), 0
+    for other formats. Of the grey levels, 0 to 255: mean, (standard) deviation, and sharpness, the
+    mean absolute difference of vertical neighbours.
+    Raises what open_image raises.
+    """
+    with PIL.Image.open(path, formats=FORMATS) as image:
+        (width, height), mode, kind = image.size, ImageMode.getmode(image.mode), image.format
+        tables = getattr(image, "quantization", None)
+    quality = 0
+    if tables:  # 3685: the sum of libjpeg's luminance table at quality 50
+        scale = 100 * sum(tables[min(tables)]) / 3685
+        quality = min(100, max(1, round(100 - scale / 2 if scale <= 100 else 5000 / scale)))
+    grey = stretch(to_grey(open_image(path)), window=0)
+    pixels = np.asarray(grey, dtype=np.float32)
+    numbers = {
+        "file size": float(os.path.getsize(path)),
+        "width": float(width),
+        "height": float(height),
+        "mode": 8.0 * int(mode.typestr[-1]) * len(mode.bands),
+        "JPEG quality": float(quality),
+        "mean": float(pixels.mean()),
+        "deviation": float(pixels.std()),
+        "sharpness": float(np.abs(np.diff(pixels, axis=0)).mean()) if len(pixels) > 1 else 0.0,
+    }
+    return numbers, grey, kind
+
+
+# ---------------------------------------------------------------- errors, files, flags
 
 
 class Failure(Exception):
@@ -56,68 +671,12 @@ class Failure(Exception):
         self.status = status
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, or of what a file may take of it
-
-
 class Terminated(KeyboardInterrupt):
     """SIGTERM, handled wherever Ctrl-C is."""
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with one line for an error, and the default behind every help text."""
-
-    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
-
-    def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=self.Formatter)
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
-def at_least(kind, low, below=float("inf")):
-    """An argparse type: a `kind` (int or float) of `low` or more and less than `below`."""
-
-    def convert(text):
-        number = kind(text)
-        if not low <= number < below:
-            limit = f" and below {below:g}" if below < float("inf") else ""
-            raise argparse.ArgumentTypeError(f"expected a number of at least {low}{limit}, found {text}")
-        return number
-
-    convert.__name__ = kind.__name__
-    return convert
-
-
-FLAGS = {
-    "--data-dir": dict(type=Path, default=Path("data/chestxrays"), metavar="DIR", help="folder of train/, val/, test/"),
-    "--checkpoint": dict(type=Path, default=Path("model.pth"), metavar="FILE", help="the trained network"),
-    "--results-dir": dict(type=Path, default=Path("results"), metavar="DIR", help="folder for tables and pictures"),
-    "--device": dict(default="auto", metavar="NAME", help="auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps"),
-    "--batch-size": dict(
-        type=at_least(int, 1, below=100_000), default=32, metavar="N", help="images the network sees at a time"
-    ),
-    "--workers": dict(
-        type=at_least(int, -1),
-        default=-1,
-        metavar="N",
-        help="processes that decode images (0 = none, -1 = chosen by the number of images and cores)",
-    ),
-    "--cache-dir": dict(
-        type=Path, default=Path(".cache/features"), metavar="DIR", help="folder that keeps computed features"
-    ),
-    "--no-cache": dict(action="store_true", help="neither read nor keep computed features"),
-    "--skip-bad": dict(action="store_true", help="leave unreadable images out, and list them, instead of stopping"),
-    "--seed": dict(type=at_least(int, 0, below=2**32), default=0, metavar="N", help="seed of every random choice"),
-    "--debug": dict(action="store_true", help="show the traceback of an error"),
-}
-
-
-def add_flags(parser, *names):
-    """Adds the flags that mean the same in every script."""
-    for name in (*names, "--debug"):
-        parser.add_argument(name, **FLAGS[name])
+def terminate(*_):
+    raise Terminated
 
 
 def warn(message):
@@ -125,133 +684,80 @@ def warn(message):
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
-stops = []  # when and how this run was asked to stop: (time, KeyboardInterrupt)
-
-
-def ignore_signals():
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, lambda *_: None)  # not SIG_IGN: Python complains where a signal is pending already
-
-
-def raise_if_stopped():
-    """Called once a batch or an epoch: an interrupt that hits a fork, a __del__ or an import may be swallowed there."""
-    if stops:
-        raise stops[-1][1]
-
-
-@contextlib.contextmanager
-def stoppable():
-    """Ctrl-C and SIGTERM raise KeyboardInterrupt; another one within 3 s is ignored: the orderly end goes on."""
-
-    def stop(number, _):
-        if not stops or time.monotonic() > stops[-1][0] + 3:
-            sys.unraisablehook = lambda _: None  # a fork, or a DataLoader's __del__, would complain
-            stops.append((time.monotonic(), Terminated() if number == signal.SIGTERM else KeyboardInterrupt()))
-            raise stops[-1][1]
-
-    stops.clear()
-    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-    with contextlib.suppress(ValueError):  # only the main thread may set a handler
-        for each in before:
-            signal.signal(each, stop)
-    yield
-    atexit.register(ignore_signals)  # the work is done
-    for each, handler in before.items():
-        if not stops and signal.getsignal(each) is stop:
-            signal.signal(each, handler)
+FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # of a disk, or of what a file may take of it
+RESOURCES = *FULL, errno.EIO, errno.EAGAIN, errno.EMFILE, errno.ENFILE
 
 
 def run(command, args):
-    """Calls command(args) and returns the exit status; an error is one line on stderr (--debug: and a traceback)."""
+    """The exit status of command(args); an error is one line, with --debug its traceback, too."""
     if rank_and_world()[0]:
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
-    for stream in (sys.stdout, sys.stderr):  # a file's name may be no text in the terminal's encoding
+    for stream in (sys.stdout, sys.stderr):  # a file's name may be no text in their encoding
         with contextlib.suppress(AttributeError):  # a notebook's own stream
             stream.reconfigure(errors="backslashreplace")
-    written.clear()
-    with stoppable():
-        try:
-            return command(args) or 0
-        except (Exception, KeyboardInterrupt) as error:
-            status, message = describe_error(error, args)
-            if message is None:
-                raise
-            if args.debug:
-                traceback.print_exc()
-            print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
-            return status
+    before = None
+    with contextlib.suppress(ValueError):  # only the main thread may set a handler
+        before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        command(args)
+        return 0
+    except (Failure, KeyboardInterrupt, MemoryError, OSError) as error:
+        status, message = explain(error, args)
+        if args.debug:
+            traceback.print_exc()
+        line = f"{Path(sys.argv[0]).name}: {' '.join(message.split())}"
+        print(line, file=sys.stderr, flush=True)
+        return status
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
-def describe_error(error, args):
-    """(exit status, one line) of an error; (None, None) for a bug, which deserves its traceback."""
-    if stops and not isinstance(error, Failure | KeyboardInterrupt):
-        error = stops[-1][1]  # what Ctrl-C cuts short, an import say, may fail in ways of its own
-    text = " ".join(str(error).split())
+def explain(error, args):
+    """(exit status, message) of an error that is no bug."""
     if isinstance(error, Failure):
-        return error.status, text
+        return error.status, str(error)
     if isinstance(error, KeyboardInterrupt):
-        kept = f"written before: {', '.join(written)}" if written else "every file is as it was"
-        if not vars(args).get("no_cache", True):
-            kept += f"; features computed so far are kept in {args.cache_dir}"
-        return (143 if isinstance(error, Terminated) else 130), text or f"interrupted; {kept}"
-    if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
-        flags = [
-            f"--{name.replace('_', '-')} (now {vars(args)[name]})" for name in ("batch_size", "views") if name in args
-        ]
-        return 4, f"memory is full: lower {' or '.join(flags)}, or use --device cpu ({text[:120]})"
-    if "DataLoader" in text:
-        return 4, f"a process that decodes images died or hung: try --workers 0 ({text[:120]})"
-    if isinstance(error, OSError):
-        full, denied = error.errno in FULL, error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-        text = f"{error.filename or 'the output'}: {error.strerror or text}"
-        flags = [f"--{name.replace('_', '-')}" for name in ("checkpoint", "results_dir", "cache_dir") if name in args]
-        if (full or denied) and flags:
-            remedy = "free some space" if full else "change its permissions"
-            text += f"; {remedy}, or write elsewhere with {', '.join(flags)}"
-        text += f" (written before: {', '.join(written)})" if written else ""
-        return 4 if full or error.errno in (errno.EIO, errno.EAGAIN, errno.EMFILE) else 2, text
-    return None, None
-
-
-written = []  # paths of the files that this run has replaced so far
+        kept = "interrupted; every file is whole, the old one or the new one"
+        return 143 if isinstance(error, Terminated) else 130, str(error) or kept
+    if isinstance(error, MemoryError):
+        remedy = "; try a smaller --batch-size or fewer --workers" if "batch_size" in args else ""
+        return 4, f"memory is full{remedy}"
+    message = f"{error.filename or 'a file'}: {error.strerror or error}"
+    if error.errno in FULL:
+        message += "; free some space, or write elsewhere"
+    return 4 if error.errno in RESOURCES else 2, message
 
 
 @contextlib.contextmanager
-def replacing(path, mode="wb"):
-    """A new file that takes the place of `path` when it is whole and on disk; after an error path is as it was.
+def replacing(path, mode="wb", sync=True):
+    """A file that takes the place of `path` when it is whole; after an error path is as it was.
 
-    Where `path` is a link, the file that it points to is replaced; a device or a folder is a Failure.
+    sync: on disk first, so that a power cut cannot leave less.
     """
-    path = Path(path).resolve() if Path(path).is_symlink() else Path(path)
-    if path.exists() and not path.is_file():
-        raise Failure(f"{path}: expected a file to write, found a folder or a device")
+    path = Path(path).resolve()  # where path is a link, the file that it points to is replaced
     path.parent.mkdir(parents=True, exist_ok=True)
-    for old in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
-        with contextlib.suppress(OSError, ValueError):
-            try:
-                os.kill(int(old.name.split(".")[-2]), 0)
-            except ProcessLookupError:
-                old.unlink()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    text = {} if "b" in mode else {"newline": "", "encoding": "utf-8"}
     try:
-        with open(temporary, mode, **({} if "b" in mode else {"newline": "", "encoding": "utf-8"})) as file:
+        with open(temporary, mode, **text) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
-        written.append(str(path))
-        sync(path.parent)
+        if sync:
+            sync_folder(path.parent)
     except OSError as error:
         error.filename = str(path)
         raise
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def sync(*folders):
-    """Puts the folders' lists of names on disk, so that a power cut cannot undo what was renamed in them."""
-    for folder in filter(Path.is_dir, folders):
+def sync_folder(folder):
+    """Puts a folder's list of names on disk; that a network share cannot is no error."""
+    with contextlib.suppress(OSError):
         file = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(file)
@@ -259,783 +765,8 @@ def sync(*folders):
             os.close(file)
 
 
-def checksum(content):
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
-
-
-def write_json(path, content):
-    """Writes a dict as JSON, with a checksum: a digit that changes on the disk leaves JSON that looks right."""
-    with replacing(path, "w") as file:
-        json.dump({"checksum": checksum(content)} | content, file, indent=1, allow_nan=False)
-        file.write("\n")
-
-
-def fits(value, kind):
-    """Whether a JSON value is of a kind: a type, [kind] for a list or {str: kind} for an object of such values."""
-    if isinstance(kind, list):
-        return isinstance(value, list) and all(fits(each, kind[0]) for each in value)
-    if isinstance(kind, dict):
-        return isinstance(value, dict) and all(fits(each, kind[str]) for each in value.values())
-    return isinstance(value, kind)
-
-
-def read_json(path, keys, others=None):
-    """The JSON object at path (None where there is no file), its checksum checked and taken out.
-
-    keys: {name: kind, see fits} that it must have; others: that it may have. A file with `keys` alone needs no
-    checksum: it may be written by hand.
-    """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        for key, kind in ((others or {}) | keys).items():
-            if (key in keys or key in content) and not fits(content[key], kind):
-                raise ValueError(f"{key} is not what it should be")
-        stored = content.pop("checksum", None)
-        if stored != checksum(content) and (stored is not None or content.keys() - keys.keys()):
-            raise ValueError("its checksum is missing or differs")
-        return content
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise Failure(f"{path}: not the file that this project writes ({error!r:.80}); delete or restore it") from None
-
-
-# ---------------------------------------------------------------- images
-
-
-class Image(NamedTuple):
-    path: Path
-    label: int  # index into CLASSES
-    digest: str  # SHA-256 of the file in hex; "" where it cannot be read
-
-
-def list_images(folder):
-    """Paths of the image files directly inside `folder`, sorted by name; hidden files do not count."""
-    entries = os.scandir(folder)
-    # a link to nothing counts, to be reported; a pipe, a device or a link to one does not
-    names = sorted(entry.name for entry in entries if entry.is_file() or not os.path.exists(entry))
-    return [Path(folder, name) for name in names if name[0] != "." and Path(name).suffix.lower() in SUFFIXES]
-
-
-def list_split(data_dir, split):
-    """[(path, label)] of data_dir/split, by class and name. Anything but the two class folders is a Failure."""
-    root = Path(data_dir, split)
-    if not root.is_dir():
-        hint = "run split_val.py first" if split == "val" else "see --data-dir"
-        raise Failure(f"{root}: no such folder, expected {root}/{CLASSES[0]} and {root}/{CLASSES[1]} ({hint})")
-    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    for name in folders:
-        if name not in CLASSES:
-            raise Failure(
-                f"{root / name}: expected only the folders {' and '.join(CLASSES)}, spelled so; rename or move it"
-            )
-    images = []
-    for label, name in enumerate(CLASSES):
-        folder = root / name
-        if name not in folders:
-            raise Failure(f"{folder}: no such folder, expected the {name} images of {split} in it")
-        if root.is_symlink() or folder.is_symlink():
-            raise Failure(f"{folder}: expected a folder, found a link; link the whole data folder instead (--data-dir)")
-        paths = list_images(folder)
-        if not paths:
-            other = sorted({entry.suffix or entry.name for entry in folder.iterdir() if entry.name[0] != "."})
-            found = f"only {', '.join(other[:5])}" if other else "an empty folder"
-            raise Failure(f"{folder}: expected images ({' '.join(sorted(SUFFIXES))}), found {found}")
-        images += [(path, label) for path in paths]
-    return images
-
-
-def hash_file(path):
-    """SHA-256 of a file's content in hex, "" where it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            digest = hashlib.sha256()
-            while block := file.read(1 << 20):
-                digest.update(block)
-            return digest.hexdigest()
-    except OSError:
-        return ""
-
-
-def read_split(data_dir, *splits):
-    """{split: [Image]}, checked: no image of two classes or two splits, none changed since split_val.py hashed it."""
-    listed = [(split, path, label) for split in splits for path, label in list_split(data_dir, split)]
-    with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(hash_file, [path for _, path, _ in listed]))
-    record = read_json(Path(data_dir, SPLIT_FILE), {"sha256": {str: str}, "state": str}) or {"sha256": {}}
-    if record.get("state", "done") != "done":
-        raise Failure(f"{data_dir}: a split was interrupted; run split_val.py again, which completes it")
-    found, seen, gone, moved = {split: [] for split in splits}, {}, [], []
-    classes = {digest: Path(file).parent.name for file, digest in record["sha256"].items()}
-    for file, digest in record["sha256"].items():
-        path, asked = Path(data_dir, file), file.partition("/")[0] in splits
-        if asked and not os.path.lexists(path):
-            gone.append(path)
-        elif "train" in splits and not asked and path.exists():
-            seen[digest] = path  # what is trained on must not stand in test/; evaluate.py warns of it
-    if gone:
-        warn(f"{gone[0]}: gone since {SPLIT_FILE} recorded it ({len(gone)} such images)")
-    for (split, path, label), digest in zip(listed, digests, strict=True):
-        file = path.relative_to(data_dir).as_posix()
-        if digest and record["sha256"].get(file, digest) != digest:
-            raise Failure(
-                f"{path}: its content changed since {SPLIT_FILE} recorded it; restore it, or split_val.py --undo"
-            )
-        if file not in record["sha256"] and classes.get(digest, CLASSES[label]) != CLASSES[label]:
-            moved.append(f"{path}: {SPLIT_FILE} recorded this image as {classes[digest]}")
-        twin = seen.setdefault(digest, path)
-        # the same damage, an empty file say, is no twin: the pass will report it
-        if digest and twin.parent != path.parent and not isinstance(read_or_explain(load_image, path), str):
-            raise Failure(f"{path}: the same image as {twin}; remove one of them")
-        found[split].append(Image(path, label, digest))
-    if moved:
-        raise Failure(f"{moved[0]}; move it back, or split_val.py --undo and split again")
-    return found
-
-
-PATIENT = re.compile(r"(person\d+)_(bacteria|virus)_\d+|((?:NORMAL2-)?IM-\d+)-\d+")
-
-
-def patient_of(name, cautious=False):
-    """The patient that an image's name tells, None where it tells none.
-
-    In personN_bacteria_M.jpeg N counts the patients of one etiology, so the patient is (N, etiology); the cautious
-    key is N alone: it can only merge two patients, never separate one.
-    """
-    match = PATIENT.match(name)
-    if not match:
-        return None
-    person, etiology, study = match.groups()
-    return study or (person if cautious else f"{person}_{etiology}")
-
-
-def patient_key(path):
-    """What keeps the images of a patient together: the cautious key, or the image's own path where there is none."""
-    # with the folder: the same file name may stand in both classes
-    return patient_of(path.name, cautious=True) or f"{path.parent.name}/{path.name}"
-
-
-def load_image(path) -> PIL.Image.Image:
-    """The image at `path`, upright, 8 bit, of at least SIZE x SIZE pixels wherever the file has them.
-
-    path: a path, or a file opened in binary mode.
-    Mode L for grey files, else RGB: make_view is 1.7 times as fast on one channel, with the same result.
-    A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size (libjpeg's scaled DCT), never below what the resize needs.
-    16-bit and float greyscale is windowed by its own minimum and maximum. Alpha is dropped.
-    Raises OSError or ValueError with the reason, without the path.
-    """
-    import numpy as np
-    from PIL import Image as Pillow
-    from PIL import ImageOps
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd metadata; damaged pixels raise, and MAX_PIXELS stops the bombs
-        with Pillow.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
-            if max(image.size) > 20 * min(image.size):  # the resize would make it huge
-                raise ValueError(f"{image.width}x{image.height} pixels, no radiograph's shape")
-            image.draft(None, (SIZE, SIZE))
-            ImageOps.exif_transpose(image, in_place=True)
-            image.load()
-            if image.mode[0] in "IF":
-                pixels = np.array(image, dtype=np.float32)
-                low, high = pixels.min(), pixels.max()
-                if not np.isfinite(high - low):
-                    raise ValueError("pixels that are not finite")
-                pixels -= low  # in place: such files are large
-                pixels *= 255 / max(high - low, 1e-6)
-                return Pillow.fromarray(pixels.round(out=pixels).astype(np.uint8))
-            if image.mode == "1":
-                raise ValueError("a picture of two colours, expected grey levels")
-            return image if image.mode in ("L", "RGB") else image.convert("RGB")
-
-
-def make_view(image, number, digest):
-    """View `number` of an image, RGB, SIZE x SIZE. Edit this function for other augmentation.
-
-    Keep all of it in here: the feature store notices changes of this function and of load_image, not of what they call.
-    0 is the image, 1 its mirror image; from 2 on a small change of pose and exposure, mirrored half of the time,
-    drawn from the image's SHA-256 `digest` and the number: the same on every run, machine and in any order.
-    """
-    import torchvision.transforms.functional as F
-
-    image = F.center_crop(F.resize(image, SIZE), SIZE)
-    if number < 2:
-        return (F.hflip(image) if number else image).convert("RGB")
-    draw = hashlib.sha256(f"{digest} {number}".encode()).digest()
-    u = [int.from_bytes(draw[4 * i : 4 * i + 4], "big") / 2**31 - 1 for i in range(7)]  # uniform in [-1, 1)
-    shift = [round(0.05 * SIZE * u[1]), round(0.05 * SIZE * u[2])]
-    image = F.adjust_contrast(F.adjust_brightness(image, 1 + 0.2 * u[4]), 1 + 0.35 * u[5])
-    image = F.affine(image, 10 * u[0], shift, 1 + 0.1 * u[3], 0.0, F.InterpolationMode.BILINEAR)
-    return (F.hflip(image) if u[6] < 0 else image).convert("RGB")
-
-
-def read_or_explain(function, path):
-    """function(path) of an image, or why the image cannot be read, as text."""
-    try:
-        return function(path)
-    except MemoryError:
-        raise
-    except Exception as error:  # damaged files make decoders raise nearly anything
-        return explain_unreadable(path, error)
-
-
-def explain_unreadable(path, error):
-    """Why an image could not be read, in a few words."""
-    try:
-        if Path(path).stat().st_size == 0:
-            return "the file is empty"
-        with open(path, "rb") as file:
-            start = file.read(64).lstrip()
-    except OSError as failed:
-        return failed.strerror or str(failed)
-    if start.startswith(b"version https://git-lfs"):
-        return "a git-LFS pointer, not the image (git lfs pull)"
-    if start[:5].lower() in (b"<!doc", b"<html"):
-        return "a web page, not an image"
-    if "cannot identify" in str(error):
-        return "no image, or of an unknown format"
-    return " ".join(str(error).split())[:150] or type(error).__name__
-
-
-# ---------------------------------------------------------------- device and network
-
-
-def pick_device(name):
-    """(torch.device, dtype of the feature pass) for --device, printed. An absent device is a Failure."""
-    import torch
-
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if name == "auto":
-        name = "cuda" if cuda else "mps" if mps else "cpu"
-    if name == "cuda":
-        name += f":{os.environ.get('LOCAL_RANK', 0)}"  # torchrun: a GPU for each process
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
-        raise Failure(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
-    kind, _, index = name.partition(":")
-    count = {"cpu": 1, "mps": int(mps), "cuda": torch.cuda.device_count() if cuda else 0}[kind]
-    if int(index or 0) >= count:
-        raise Failure(f"--device {name}: no such device here ({count} found); use --device auto or cpu")
-    device, dtype = torch.device(name), torch.float32
-    if device.type == "cuda":
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    elif device.type == "cpu":
-        native = torch.cpu.get_capabilities()
-        dtype = torch.bfloat16 if any(native.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16")) else torch.float32
-    print(f"Device: {name} ({str(dtype).removeprefix('torch.')})")
-    return device, dtype
-
-
-def new_network(arch, device):
-    """torchvision's classifier `arch` without its last Linear, and that Linear's (name, width)."""
-    import difflib
-
-    import torch
-    from torch import nn
-    from torchvision.models import get_model, get_model_builder, list_models
-
-    try:
-        if re.match(
-            r"torchvision\.models\.(detection|optical_flow|segmentation|video)", get_model_builder(arch).__module__
-        ):
-            raise ValueError
-        with torch.device(device), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            network = get_model(arch, weights=None)
-    except ValueError:
-        close = difflib.get_close_matches(arch, list_models(), 3) or ["resnet50", "densenet121", "efficientnet_b0"]
-        raise Failure(f"--arch {arch}: torchvision has no such classifier; perhaps {', '.join(close)}?") from None
-    name, last = [(name, module) for name, module in network.named_modules() if not any(module.children())][-1]
-    if not isinstance(last, nn.Linear):
-        raise Failure(f"--arch {arch}: expected a classifier that ends in a Linear, found {type(last).__name__}")
-    network.set_submodule(name, nn.Identity())
-    return network, name, last.in_features
-
-
-def build_network(arch, state=None, source=None):
-    """The frozen network: (network from images to features, name of its last Linear, width, that Linear's tensors).
-
-    state: {name: tensor} of the whole network, read from `source`; None draws random weights from a seed of their
-    own. Frozen means, here and only here: no gradients, and eval mode, so that BatchNorm neither uses nor updates
-    batch statistics. The one trainable layer is not part of it.
-    """
-    import torch
-
-    if state is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            network, head, width = new_network(arch, "cpu")
-        tensors = {}
-    else:
-        network, head, width = new_network(arch, "meta")  # no time is spent on drawing weights
-        tensors = {key: state[key] for key in (f"{head}.weight", f"{head}.bias") if key in state}
-        body = {key: state[key] for key in state if key not in tensors}
-        try:
-            network.load_state_dict(body, assign=True)
-        except (RuntimeError, NotImplementedError) as error:
-            reason = " ".join(str(error).split("\n\t", 1)[-1].split())
-            raise Failure(f"{source}: not the weights of a {arch}: {reason:.160}") from None
-    network.float().eval().requires_grad_(False)
-    return network, head, width, tensors
-
-
-def read_state(path):
-    """The state dict in a checkpoint file: {name: tensor}. Data, never code; a damaged or absurd file is a Failure."""
-    import zipfile
-
-    import torch
-
-    path = Path(path)
-    if not path.is_file():
-        raise Failure(f"{path}: no such file, expected a checkpoint")
-    try:
-        size = path.stat().st_size
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if sum(part.file_size for part in archive.infolist()) > size:
-                    raise Failure(f"{path}: a bomb, it unpacks to more than its own size")
-                if broken := archive.testzip():  # torch.load itself does not check the CRCs
-                    raise Failure(f"{path}: not a readable checkpoint, {broken} is damaged")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            state = torch.load(path, "cpu", weights_only=True)
-        state = {key: value.detach() for key, value in state.items()}
-        for key, value in state.items():
-            if value.numel() * value.element_size() > size:
-                raise Failure(f"{path}: {key} is larger than the file")
-            negative = key.endswith("running_var") and value.min() < 0
-            if negative or value.is_complex() or not value.float().isfinite().all():
-                raise Failure(f"{path}: {key} has impossible values (complex, not finite, or a negative variance)")
-    except Exception as error:  # the unpickler raises whatever the bytes make it stumble over
-        if isinstance(error, MemoryError | Failure | PermissionError):
-            raise
-        # not torch's own text: that recommends to run the code in the file
-        reason = f"{type(error).__name__}: it is damaged, or holds more than tensors"
-        raise Failure(f"{path}: not a readable checkpoint, expected a state dict ({reason})") from error
-    # torchvision's oldest DenseNet files name norm1 "norm.1"; its own loader renames them likewise
-    return {re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", key): value for key, value in state.items()}
-
-
-# ---------------------------------------------------------------- features
-
-
-def hash_network(network):
-    """SHA-256 over the modules of `network`, with their settings, and every parameter and buffer, in hex."""
-    digest = hashlib.sha256(repr(network).encode())
-    for name, tensor in network.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.contiguous().reshape(-1).numpy().data)
-    return digest.hexdigest()
-
-
-class FeatureStore:
-    """Features on disk, by image content and view: files of fixed-size records, each with its CRC.
-
-    A process appends to a file of its own and never changes what is written, so that any number of processes, on
-    several machines too, fill one folder, and a kill loses at most the record being written. The folder's name holds
-    what else a feature depends on: the weights, the preprocessing and the precision.
-    """
-
-    def __init__(self, cache_dir, network, width, dtype):
-        import numpy as np
-        import PIL
-        import torchvision
-
-        self.record = np.dtype([("key", "V36"), ("vector", "<f4", (width,)), ("crc", "<u4")])
-        code = "".join(map(inspect.getsource, (load_image, make_view)))
-        versions = f"{PIL.__version__} {torchvision.__version__}"
-        depends_on = f"{hash_network(network)} {code} {SIZE} {MEAN} {STD} {versions} {dtype}"
-        self.folder = Path(cache_dir, hashlib.sha256(depends_on.encode()).hexdigest()[:24])
-        self.file = None
-
-    @staticmethod
-    def key(digest, view):
-        return bytes.fromhex(digest) + view.to_bytes(4, "little")
-
-    def load(self, wanted, features):
-        """Fills features[row, view] for each {key: [(row, view)]} found, taking it out of `wanted`."""
-        import numpy as np
-        import torch
-
-        damaged, size = 0, self.record.itemsize
-        for path in sorted(self.folder.glob("*.features")):
-            try:
-                file = open(path, "rb")
-            except OSError as error:
-                warn(f"{path}: passed over ({error.strerror})")
-                continue
-            with file:
-                while len(block := file.read(256 * size)) >= size:
-                    whole = len(block) // size  # the last record may still be in writing
-                    records = np.frombuffer(block, self.record, whole)
-                    for i, (key, crc) in enumerate(zip(records["key"], records["crc"], strict=True)):
-                        if zlib.crc32(memoryview(block)[i * size : (i + 1) * size - 4]) != crc:
-                            damaged += 1
-                        else:
-                            for row, view in wanted.pop(key.tobytes(), ()):
-                                features[row, view] = torch.from_numpy(records["vector"][i].copy())
-        if damaged and wanted:
-            warn(f"{self.folder}: {damaged} damaged records, computed again where needed")
-
-    def append(self, keys, vectors):
-        import numpy as np
-
-        if self.file is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.folder / f"{os.uname().nodename}-{os.getpid()}-{time.time_ns()}.features", "ab", 0)
-        records = np.empty(len(keys), self.record)
-        records["key"] = np.array([np.void(key) for key in keys])
-        records["vector"] = vectors.numpy()
-        for i in range(len(keys)):
-            records["crc"][i] = zlib.crc32(records[i : i + 1].tobytes()[:-4])
-        try:
-            self.file.write(records.tobytes())
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.folder)) from None
-
-    def close(self):
-        if self.file:
-            self.file.close()
-
-
-class Views:
-    """Dataset of (job's index, uint8 array (views, SIZE, SIZE, 3)), or (index, reason) where an image is unreadable.
-
-    A job is (path, digest, view numbers): an image is read and decoded once for all its views. Arrays, not tensors:
-    tensors would travel through shared memory, of which containers have little.
-    """
-
-    def __init__(self, jobs):
-        self.jobs = jobs
-
-    def __len__(self):
-        return len(self.jobs)
-
-    def __getitem__(self, index):
-        import numpy as np
-
-        def draw(path):
-            content = Path(path).read_bytes()
-            if hashlib.sha256(content).hexdigest() != digest:  # or the store would keep it under another image's hash
-                raise ValueError("its content changed during this run")
-            image = load_image(io.BytesIO(content))
-            return np.stack([np.asarray(make_view(image, number, digest)) for number in numbers])
-
-        path, digest, numbers = self.jobs[index]
-        return index, read_or_explain(draw, path)
-
-
-def fast_copy(network, device, dtype):
-    """A copy of the network for the pass: precision dtype, channels_last, BatchNorm folded into the convolutions."""
-    import copy
-
-    import torch
-    from torch.fx.experimental.optimization import fuse
-
-    try:
-        network = fuse(network)
-    except Exception:  # fx cannot trace every network; the others keep their BatchNorm, with the same result
-        return copy.deepcopy(network).to(device, dtype, memory_format=torch.channels_last)
-    network = network.to(device, dtype, memory_format=torch.channels_last)
-    if device.type == "cpu" and platform.machine() in ("x86_64", "AMD64"):
-        # operators without a public name: used where they are found and give what torch's own give, NaN included
-        with contextlib.suppress(Exception), torch.inference_mode():
-            noise = torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
-            noise = noise.to(dtype, memory_format=torch.channels_last)
-            fused = fuse_convolutions(copy.deepcopy(network))
-            expected, found = network(noise).float(), fused(noise).float()
-            if torch.allclose(found, expected, rtol=0, atol=0.05 * expected.abs().max().item()):
-                return fused
-    return network
-
-
-def onednn_convolution(conv):
-    """The convolution as one call of oneDNN: module(x), module(x, relu=True), or relu(module(x) + add_to) into add_to.
-
-    The operators are those that torch.compile uses on a CPU; torch has no public name for them.
-    """
-    import torch
-
-    class Convolution(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.settings, self.shape = (conv.padding, conv.stride, conv.dilation, conv.groups), None
-
-        def forward(self, x, add_to=None, relu=False):
-            if self.shape != x.shape:  # the best layout of the weights depends on it
-                self.shape, weight = x.shape, conv.weight.to_mkldnn()
-                self.weight = torch._C._nn.mkldnn_reorder_conv2d_weight(weight, *self.settings, list(x.shape))
-            given = (x, self.weight, conv.bias, *self.settings)
-            if add_to is None:
-                return torch.ops.mkldnn._convolution_pointwise(*given, "relu" if relu else "none", [], "")
-            return torch.ops.mkldnn._convolution_pointwise_.binary(add_to, *given, "add", 1.0, "relu", [], "")
-
-    return Convolution()
-
-
-def fuse_convolutions(network):
-    """The traced network itself, changed: a convolution, and the addition and ReLU behind it, are one call of oneDNN.
-
-    What torch.compile takes half a minute for: a ResNet-50 needs a sixth less time, in bfloat16 and in float32.
-    """
-    import operator
-
-    from torch import nn
-
-    graph, ours = network.graph, set()  # ours: the nodes that call a convolution of oneDNN
-    place = {node: number for number, node in enumerate(graph.nodes)}
-
-    def may_add(out, other, add):
-        """Whether the convolution `out` may write the sum into `other`: nothing needs either of them afterwards."""
-        alone = out is not other and not out.kwargs and all(len(node.users) == 1 for node in (out, *out.args))
-        return alone and all(user is add or (user in ours and place[user] < place[add]) for user in other.users)
-
-    for node in list(place):
-        module = network.get_submodule(node.target) if node.op == "call_module" else None
-        if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str):
-            network.set_submodule(node.target, onednn_convolution(module))
-            ours.add(node)
-        if not isinstance(module, nn.ReLU) or len(node.all_input_nodes[0].users) > 1:
-            continue
-        before, fused, dead = node.all_input_nodes[0], None, [node]
-        if before in ours:
-            before.kwargs, fused = {"relu": True}, before
-        elif before.target in (operator.add, operator.iadd):
-            for out, other in (before.args, before.args[::-1]):
-                if fused is None and {out, other} <= ours and may_add(out, other, before):
-                    with graph.inserting_before(node):
-                        fused = graph.call_module(out.target, (*out.args, other), {"relu": True})
-                    place[fused], dead = place[node], [node, before, out]
-                    ours.add(fused)
-        if fused is not None:
-            node.replace_all_uses_with(fused)
-            for old in dead:
-                graph.erase_node(old)
-    network.recompile()
-    return network
-
-
-def forward_views(network, loader, size, device, dtype, unreadable):
-    """Yields ([(job's index, position of the view in it)], float32 (n, width) on the CPU), batch by batch.
-
-    Every batch has `size` images, the last one filled up with black ones: a vector then does not depend on how many
-    others came with it. On CUDA two batches wait in the device's queue while the next one is gathered; each result is
-    copied behind its batch, and an event tells that it has arrived. unreadable: receives {job's index: reason}.
-    """
-    import torch
-
-    cuda = device.type == "cuda"  # elsewhere a copy that does not block may still read memory that is free again
-    mean = torch.tensor(MEAN, device=device).view(3, 1, 1) * 255
-    std = torch.tensor(STD, device=device).view(3, 1, 1) * 255
-    images, places, running = [], [], []
-
-    def forward(images):
-        batch = torch.stack(images + [torch.zeros_like(images[0])] * (size - len(images))).permute(0, 3, 1, 2)
-        batch = batch.float().sub_(mean).div_(std).to(dtype, memory_format=torch.channels_last)
-        vectors = network(batch).float().to("cpu", non_blocking=cuda)
-        return vectors, torch.cuda.current_stream(device).record_event() if cuda else None
-
-    def fetch():
-        where, (vectors, arrived) = running.pop(0)
-        if arrived:
-            arrived.synchronize()
-        return where, vectors[: len(where)]
-
-    for index, pixels in loader:
-        raise_if_stopped()
-        if isinstance(pixels, str):
-            unreadable[index] = pixels
-            continue
-        pixels = torch.from_numpy(pixels)
-        pixels = pixels.pin_memory() if cuda else pixels
-        images += pixels.to(device, non_blocking=cuda)
-        places += [(index, i) for i in range(len(pixels))]
-        while len(places) >= size:
-            running.append((places[:size], forward(images[:size])))
-            images, places = images[size:], places[size:]
-            if len(running) > 2 * cuda:
-                yield fetch()
-    if places:
-        running.append((places, forward(images)))
-    while running:
-        yield fetch()
-
-
-def extract_features(network, width, images, views, args, device, dtype):
-    """Features of the first views[i] views of images[i], read from the store or computed and kept there.
-
-    Returns (features float32 (N, max(views), width) on the CPU, undefined beyond views[i]; {row: reason} of the
-    unreadable images). The one pass that serves training, validation, test and new images. Under torchrun each rank
-    computes a share into the store, and rank 0 goes on with all of them while the others end.
-    """
-    import torch
-
-    if args.no_cache and rank_and_world()[1] > 1:
-        raise Failure("--no-cache: torchrun's processes share their features through --cache-dir; leave --no-cache out")
-    features = torch.zeros(len(images), max(views), width)
-    wanted, paths, reasons = {}, {}, {}  # by content: the same image twice is computed once
-    for row, (image, count) in enumerate(zip(images, views, strict=True)):
-        if not image.digest:
-            reasons[image.digest] = "the file cannot be opened"
-            continue
-        paths[image.digest] = image.path
-        for view in range(count):
-            wanted.setdefault(FeatureStore.key(image.digest, view), []).append((row, view))
-    store = None if args.no_cache else FeatureStore(args.cache_dir, network, width, dtype)
-    total = len(wanted)
-    if store:
-        store.load(wanted, features)
-    if wanted:
-        if store:
-            require_space(store.folder, len(wanted) * store.record.itemsize, "--cache-dir, or compute with --no-cache")
-            print(f"Features: {total - len(wanted)} of {total} are in {args.cache_dir}", flush=True)
-        reasons |= compute_features(network, wanted, paths, features, store, args, device, dtype)
-    if rank_and_world()[1] > 1:
-        reasons = share_reasons(store, reasons)
-        store.load(wanted, features)
-    bad = {row: reasons[image.digest] for row, image in enumerate(images) if image.digest in reasons}
-    lost = [images[row] for rows in wanted.values() for row, _ in rows if row not in bad]
-    if lost:
-        raise Failure(f"{args.cache_dir}: expected the features of all ranks, {len(lost)} are missing; run it again", 4)
-    return features, bad
-
-
-def compute_features(network, wanted, paths, features, store, args, device, dtype):
-    """Computes this process's share of the `wanted` features into `features` and the store, taking it out of `wanted`.
-
-    Returns {digest: reason} of the images that cannot be read.
-    """
-    import torch
-    from torch.utils.data import DataLoader
-    from tqdm import tqdm
-
-    numbers = {}
-    for key in wanted:
-        numbers.setdefault(key[:32].hex(), []).append(int.from_bytes(key[32:], "little"))
-    rank, world = rank_and_world()
-    mine = set(list(paths)[rank::world])  # of all images: what others have stored meanwhile must not shift the shares
-    jobs = [(paths[digest], digest, views) for digest, views in numbers.items() if digest in mine]
-    loader = DataLoader(Views(jobs), **loader_settings(args.workers, len(jobs), device))
-    size = min(args.batch_size, 16) if device.type == "cpu" else args.batch_size  # 16: the fastest on the CPUs measured
-    unreadable, start, count = {}, time.perf_counter(), sum(len(views) for _, _, views in jobs)
-    with torch.inference_mode(), tqdm(total=count, unit="img", disable=True if rank else None) as bar:
-        network = fast_copy(network, device, dtype)
-        for where, vectors in forward_views(network, watched(loader), size, device, dtype, unreadable):
-            if not vectors.isfinite().all():
-                raise Failure(f"the network's output is not finite in {dtype}; use --device cpu", 3)
-            keys = [FeatureStore.key(jobs[index][1], jobs[index][2][i]) for index, i in where]
-            if store:
-                store.append(keys, vectors)
-            for key, vector in zip(keys, vectors, strict=True):
-                for row, view in wanted.pop(key):
-                    features[row, view] = vector
-            bar.update(len(keys))
-    seconds, count = time.perf_counter() - start, count - sum(len(jobs[index][2]) for index in unreadable)
-    print(f"Features: {count} computed in {seconds:.1f} s, {count / seconds:.0f} images/s", flush=True)
-    return {jobs[index][1]: reason for index, reason in unreadable.items()}
-
-
-def rank_and_world():
-    """(this process's rank, number of processes) under torchrun, else (0, 1): a stray RANK must not drop images."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-
-
-def share_reasons(store, reasons):
-    """Waits for every rank's share of the pass; returns all ranks' {digest: reason} to rank 0 and ends the others."""
-    import datetime
-
-    import torch.distributed as dist
-
-    store.close()  # a network file system shows others a file that is closed
-    for each in (signal.SIGINT, signal.SIGTERM):  # torchrun sends it to the others when one died
-        signal.signal(each, signal.SIG_DFL)  # no handler of Python's runs below
-    try:
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))  # one rank may have much more to do
-        shares = [None] * dist.get_world_size()
-        dist.all_gather_object(shares, reasons)
-        dist.destroy_process_group()
-    except RuntimeError as error:
-        raise Failure(
-            f"a process that computes features died ({error}); what it computed is kept, run it again", 4
-        ) from None
-    if rank_and_world()[0]:
-        raise SystemExit(0)
-    return {digest: reason for share in shares for digest, reason in share.items()}
-
-
-def loader_settings(workers, jobs, device):
-    """DataLoader's arguments. Few images are decoded sooner than processes start.
-
-    Where the network itself needs the CPU and there are two cores, processes only get in its way: with two of them the
-    pass took 9.7 ms a view, with none 8.9 (medians of five).
-    """
-    if workers < 0:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        workers = min(8, cores) if jobs >= 200 and (device.type != "cpu" or cores > 2) else 0
-    # tuple: as they are; the default would make tensors of the arrays
-    settings = {"batch_size": None, "collate_fn": tuple, "num_workers": workers, "worker_init_fn": begin_worker}
-    return settings | ({"prefetch_factor": 4} if workers else {})
-
-
-PATIENCE = 100  # seconds that a worker may take: two minutes in all, with the start of the processes
-
-
-def watched(loader):
-    """The loader's items. A worker that hangs is a Failure; DataLoader's timeout misses one that is handing over."""
-
-    def give_up(*_):
-        sys.unraisablehook = lambda _: None  # DataLoader's __del__ would complain
-        for worker in multiprocessing.active_children():
-            worker.kill()  # one that is stopped would not answer SIGTERM
-        raise Failure("a process that decodes images hung: try --workers 0", 4)
-
-    items, before = iter(loader), None
-    with contextlib.suppress(ValueError):  # only the main thread may set a handler
-        before = signal.signal(signal.SIGALRM, give_up) if loader.num_workers else None
-    try:
-        while True:
-            signal.alarm(PATIENCE if before is not None else 0)
-            item = next(items, None)
-            signal.alarm(0)
-            if item is None:
-                return
-            yield item
-    finally:
-        signal.alarm(0)
-        if before is not None:
-            signal.signal(signal.SIGALRM, before)
-
-
-def begin_worker(_):
-    """In a decoding process: the main process alone answers Ctrl-C and SIGTERM, and then ends its workers.
-
-    If the main process is killed, its workers would wait for ever to hand over their images; a thread ends them.
-    """
-
-    def end_with(parent):
-        while os.getppid() == parent and multiprocessing.parent_process().is_alive():  # a fork server stays the parent
-            time.sleep(0.5)
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
-
-
-def require_space(folder, size, alternative):
-    """A Failure unless `size` bytes are free where `folder` is, or will be."""
-    folder = Path(folder).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    if (free := shutil.disk_usage(folder).free) < size:
-        raise Failure(f"{folder}: {size:,} bytes needed, {free:,} free; free some, or use {alternative}", 4)
-
-
 def require_writable(*paths):
-    """A Failure unless files can be written at `paths`; makes their folders."""
+    """A Failure, before the work, unless files can be written at `paths`; makes their folders."""
     for path in paths:
         if path.exists() and not path.is_file():
             raise Failure(f"{path}: expected a file to write, found a folder or a device")
@@ -1047,108 +778,86 @@ def require_writable(*paths):
             raise
 
 
-def without_bad(images, bad, skip):
-    """The rows to keep, after every unreadable image has been named; without `skip` any one is a Failure."""
-    lines = [f"{images[row].path}: {reason}" for row, reason in sorted(bad.items())]
-    if lines and not skip:
-        for line in lines[1:]:
-            print(line, file=sys.stderr)
-        more = f" (and {len(lines) - 1} more, above)" if lines[1:] else ""
-        raise Failure(f"{lines[0]}{more}; repair or remove unreadable images, or leave them out with --skip-bad")
-    for line in lines:
-        warn(f"left out: {line}")
-    return [row for row in range(len(images)) if row not in bad]
+def checksum(content):
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
-# ---------------------------------------------------------------- scores
+def write_json(path, content):
+    """Writes a dict as JSON, with a checksum: a changed digit leaves JSON that looks right."""
+    with replacing(path, "w") as file:
+        json.dump({"checksum": checksum(content)} | content, file, indent=1, allow_nan=False)
+        file.write("\n")
 
 
-def score(probs, labels, threshold):
-    """{name: float, or None where a denominator is 0} of probs float (N,), P(PNEUMONIA), against labels int (N,).
-
-    An image counts as PNEUMONIA above the threshold, not at it. Brier: mean squared error of the probability;
-    ece: expected calibration error, 15 bins of equal width (Guo et al. 2017).
-    """
-    import torchmetrics.functional.classification as tm
-
-    n_positive = int((probs > threshold).sum())
-    values = {
-        "accuracy": tm.binary_accuracy(probs, labels, threshold),
-        "f1": tm.binary_f1_score(probs, labels, threshold),
-        "auroc": tm.binary_auroc(probs, labels),
-        "average_precision": tm.binary_average_precision(probs, labels),
-        "sensitivity": tm.binary_recall(probs, labels, threshold),
-        "specificity": tm.binary_specificity(probs, labels, threshold),
-        "ppv": tm.binary_precision(probs, labels, threshold) if n_positive else None,
-        "npv": tm.binary_negative_predictive_value(probs, labels, threshold) if n_positive < len(probs) else None,
-        "brier": (probs - labels).square().mean(),
-        "ece": tm.binary_calibration_error(probs, labels, n_bins=15),
-    }
-    return {name: None if value is None else float(value) for name, value in values.items()}
+def read_json(path):
+    """The dict that write_json wrote, None where there is no file; any other file is a Failure."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if content.pop("checksum") == checksum(content):
+            return content
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        pass
+    raise Failure(f"{path}: damaged, or not written by this project; restore or delete it")
 
 
-# ---------------------------------------------------------------- one-number rules
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the default behind every help text, and the docstring as it is."""
 
 
-def image_numbers(path):
-    """{name: float} of what a rule without any network could go by, see look_closely; raises what load_image raises."""
-    return look_closely(path)[0]
+class Parser(argparse.ArgumentParser):
+    """argparse with one line for an error."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=Formatter)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def look_closely(path):
-    """({name: float}, the grey image, {"sizes", "modes", "formats": its own}); raises what load_image raises.
+def number(kind, low, high=float("inf")):
+    """An argparse type: a `kind` (int or float) from low to high."""
 
-    file size: bytes; width, height: pixels of the file; mode: bits a pixel (8 grey, 24 RGB); JPEG quality: 1 to 100 as
-    libjpeg counts, from the quantisation table (exact from 20 to 99), 0 for other formats. Of the grey levels, 0 to
-    255: mean, (standard) deviation, and sharpness, the mean absolute difference of vertical neighbours.
-    """
-    import numpy as np
-    from PIL import Image as Pillow
-    from PIL import ImageMode
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high or value == float("inf"):
+            limit = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"expected a number {limit}, found {text}")
+        return value
 
-    with Pillow.open(path, formats=FORMATS) as image:
-        (width, height), mode = image.size, ImageMode.getmode(image.mode)
-        kinds = {"sizes": f"{width}x{height}", "modes": image.mode, "formats": image.format}
-        tables = getattr(image, "quantization", None)
-    quality = 0
-    if tables:
-        scale = 100 * sum(tables[min(tables)]) / 3685  # 3685: the sum of libjpeg's luminance table at quality 50
-        quality = min(100, max(1, round(100 - scale / 2 if scale <= 100 else 5000 / scale)))
-    image = load_image(path).convert("L")
-    grey = np.asarray(image, dtype=np.float32)
-    numbers = {
-        "file size": float(os.path.getsize(path)),
-        "width": float(width),
-        "height": float(height),
-        "mode": 8.0 * int(mode.typestr[-1]) * len(mode.bands),
-        "JPEG quality": float(quality),
-        "mean": float(grey.mean()),
-        "deviation": float(grey.std()),
-        "sharpness": float(np.abs(np.diff(grey, axis=0)).mean()) if len(grey) > 1 else 0.0,
-    }
-    return numbers, image, kinds
+    convert.__name__ = kind.__name__
+    return convert
 
 
-def fit_rule(values, labels):
-    """(cut, sign): the threshold and direction with the best accuracy on values float (N,), labels 0/1 (N,).
+# fmt: off
+FLAGS = {
+    "--data-dir": dict(type=Path, default="data/chestxrays", metavar="DIR",
+                       help="folder of train/, val/, test/"),
+    "--checkpoint": dict(type=Path, default="model.pth", metavar="FILE",
+                         help="the trained network"),
+    "--results-dir": dict(type=Path, default=Path("results"), metavar="DIR",
+                          help="folder for tables and pictures"),
+    "--device": dict(default="auto", metavar="NAME",
+                     help="auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps"),
+    "--batch-size": dict(type=number(int, 1, 100_000), default=32, metavar="N",
+                         help="images at a time, in the network and in training"),
+    "--workers": dict(type=number(int, -1, 1000), default=-1, metavar="N",
+                      help="processes that decode images (0 = none, -1 = by images and cores)"),
+    "--seed": dict(type=number(int, 0, 2**32 - 1), default=0, metavar="N",
+                   help="seed of every random choice"),
+    "--cache-dir": dict(type=Path, default=".cache/features", metavar="DIR",
+                        help="folder that keeps features"),
+    "--no-cache": dict(action="store_true", help="neither read nor keep features"),
+    "--skip-bad": dict(action="store_true",
+                       help="leave unreadable images out, and list them, instead of stopping"),
+    "--debug": dict(action="store_true", help="show the traceback of an error"),
+}
+# fmt: on
+RUN_FLAGS = tuple(FLAGS)[:-1]  # all of them, for a script with a network
 
-    See apply_rule. The cut lies midway between neighbouring values, or 1 below all of them; of equally accurate rules
-    the one with the lowest cut and, there, sign +1.
-    """
-    import numpy as np
 
-    values, labels = np.asarray(values, dtype=np.float64), np.asarray(labels)
-    levels = np.unique(values)
-    cuts = np.append(levels[0] - 1, levels[:-1] + np.diff(levels) / 2)
-    below = [np.searchsorted(np.sort(values[labels == label]), cuts, "right") for label in (0, 1)]
-    right = below[0] + (labels == 1).sum() - below[1]  # images that sign +1 gets right
-    best = int(np.argmax(np.maximum(right, len(values) - right)))
-    return float(cuts[best]), 1 if 2 * right[best] >= len(values) else -1
-
-
-def apply_rule(rule, values):
-    """bool (N,), True for PNEUMONIA: values float (N,) above the cut where sign is +1, at or below it where -1."""
-    import numpy as np
-
-    cut, sign = rule
-    return (np.asarray(values) > cut) == (sign > 0)
+def add_flags(parser, *names):
+    """Adds the flags that mean the same in every script."""
+    for name in (*names, "--debug"):
+        parser.add_argument(name, **FLAGS[name])

@@ -1,23 +1,20 @@
 """Trains the one new output neuron of a frozen ImageNet network on data/chestxrays/{train,val}.
 
-Reads DIR/{train,val}/{NORMAL,PNEUMONIA}/ (split_val.py makes val/ out of train/). Writes model.pth and model.json,
-and into results/: history.csv, curves.png and samples.png.
+Reads DIR/{train,val}/{NORMAL,PNEUMONIA}/ (split_val.py makes val/ out of train/). Writes model.pth
+and model.json, and into results/: history.csv, curves.png and samples.png.
 
     python train.py
     python train.py --epochs 100 --lr 3e-4 --seeds 10
     python train.py --folds 5 --repeats 5
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
+import copy
 import csv
-import hashlib
 import http.client
 import io
 import math
-import os
 import platform
 import socket
 import statistics
@@ -26,125 +23,216 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import PIL
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torchvision.models import get_model_weights
+from tqdm import tqdm
+
 import common
 from common import CLASSES, Failure, replacing, warn
 
-
-class Head(NamedTuple):
-    """What one head is trained on: rows of the features for training and validation, and its own numbers."""
-
-    train: list
-    val: list
-    seed: int
-    lr: float
-    weight_decay: float
-
-
-class Trained(NamedTuple):
-    """A head's best epoch. weight: float32 (width,) and bias: float, for raw features; history: rows of history.csv."""
-
-    weight: object
-    bias: object
-    epoch: int
-    val_loss: float
-    val_accuracy: float
-    history: list
-
-
-HISTORY = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr")
-EPOCH_LINE = "Epoch [{}/{epochs}], Train Loss: {:.4f}, Train Acc: {:.4f}, Val Loss: {:.4f}, Val Acc: {:.4f}, LR: {:.1e}"
-
 # ---------------------------------------------------------------- weights
 
-# SHA-256 of the cached file, where more than the 8 digits in its name is known
-KNOWN_HASHES = {"resnet50-11ad3fa6.pth": "11ad3fa62ca79e40addfd354a8ec4b7c75143b3038b8d2a807fbc68deab379ca"}
-
-
-def initial_state(args):
-    """(state dict or None, where it is from) for --weights."""
-    if args.weights == "random":
-        warn("--weights random: nothing is pretrained, the result says nothing about this method")
-        return None, "random weights"
-    path = imagenet_file(args.arch) if args.weights == "imagenet" else Path(args.weights)
-    return common.read_state(path), path
-
-
+RESNET50_SHA256 = "11ad3fa62ca79e40addfd354a8ec4b7c75143b3038b8d2a807fbc68deab379ca"
 DOWNLOAD_ERRORS = (OSError, RuntimeError, http.client.HTTPException)
 
 
-def imagenet_file(arch):
-    """Path of torchvision's ImageNet weights of `arch` in torch's cache, downloaded if absent, its hash checked."""
-    import torch
-    from torchvision.models import get_model_weights
+def load_weights(args):
+    """The state dict that --weights names, None for random; and the file that it is from."""
+    if args.weights == "random":
+        warn("--weights random: nothing is pretrained, the result says nothing about this method")
+        return None, None
+    path = imagenet_file(args.arch) if args.weights == "imagenet" else Path(args.weights)
+    return common.read_checkpoint(path), path
 
+
+def imagenet_file(arch):
+    """The ImageNet weights of `arch` in torch's cache, downloaded if absent, their hash checked."""
     try:
         url = get_model_weights(arch).DEFAULT.url
     except (ValueError, AttributeError):
-        raise Failure(f"--arch {arch}: torchvision knows no ImageNet weights for it; use --weights FILE") from None
+        unknown = f"--arch {arch}: torchvision knows no ImageNet weights for it"
+        raise Failure(f"{unknown}; use --weights FILE") from None
     path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
-    expected = KNOWN_HASHES.get(path.name, path.stem.rpartition("-")[2])
     by_hand = f"or download {url} elsewhere, put it at {path}, or name it with --weights FILE"
+    # the file's name ends in the first 8 digits of its SHA-256
+    sha256 = RESNET50_SHA256 if arch == "resnet50" else path.stem.rpartition("-")[2]
     if not path.exists():
-        common.require_space(path.parent, 150_000_000, "another folder with TORCH_HOME")
         print(f"Downloading {url} to {path}", flush=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(20)  # seconds: a server that stalls would hang for ever
         try:
-            download(url, path, expected)
+            torch.hub.download_url_to_file(url, str(path), sha256, sys.stderr.isatty())
         except DOWNLOAD_ERRORS as error:
             status = 4 if isinstance(error, OSError) and error.errno in common.FULL else 2
-            message = f"cannot download the ImageNet weights ({error}): try again, {by_hand}"
-            raise Failure(message, status) from None
-    if not common.hash_file(path).startswith(expected):
-        raise Failure(f"{path}: not the file that torchvision published (its SHA-256 differs); delete it, {by_hand}")
+            failed = f"cannot download the ImageNet weights ({error})"
+            raise Failure(f"{failed}: try again, {by_hand}", status) from None
+        finally:
+            socket.setdefaulttimeout(timeout)
+    if not common.hash_file(path).startswith(sha256):
+        raise Failure(
+            f"{path}: its SHA-256 is not that of the published file; delete it, {by_hand}"
+        )
     return path
 
 
-def download(url, path, expected):
-    """Puts the file at `url` at `path` if its SHA-256 begins with `expected`; the third failure is raised."""
-    import torch
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for old in path.parent.glob(f"{path.name}.*.partial"):  # of a killed run: nothing writes to it
-        if time.time() - old.stat().st_mtime > 600:
-            old.unlink()
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(12)  # seconds without a byte; without it a stalled server hangs for ever
-    try:
-        for attempt in range(3):
-            try:
-                return torch.hub.download_url_to_file(url, str(path), expected, progress=sys.stderr.isatty())
-            except DOWNLOAD_ERRORS as error:
-                if attempt == 2 or getattr(error, "code", 0) == 404:
-                    raise
-                time.sleep(1)
-    finally:
-        socket.setdefaulttimeout(timeout)
+# ---------------------------------------------------------------- training
 
 
-# ---------------------------------------------------------------- the head
+class Standardize(nn.Module):
+    """Features (N, width) to mean 0 and deviation 1, as the training views have them.
 
-
-def standardise(features, rows):
-    """(mean, deviation) float32 (width,) of all views of these rows, in chunks that bound the memory.
-
-    The deviation has a floor, a tenth of the deviations' root mean square: a feature that hardly moves in training
-    must not be blown up when it moves in validation.
+    The deviation has a floor, a tenth of the deviations' root mean square: a feature that hardly
+    moves in training must not be blown up when it moves elsewhere.
     """
-    total = squares = 0
-    for start in range(0, len(rows), 64):
-        x = features[rows[start : start + 64]].flatten(0, 1).double()
-        total, squares = total + x.sum(0), squares + x.square().sum(0)
-    count = len(rows) * features.shape[1]
-    mean = total / count
-    std = (squares / count - mean.square()).clamp(min=0).sqrt()
-    std = std.clamp(min=max(0.1 * std.square().mean().sqrt().item(), 1e-12))
-    return mean.float(), std.float()
+
+    def __init__(self, views):
+        super().__init__()
+        std, mean = torch.std_mean(views.flatten(0, 1), dim=0, correction=0)
+        floor = 0.1 * std.square().mean().sqrt().item()
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std.clamp(min=max(floor, 1e-12)))
+
+    def forward(self, x):
+        return (x - self.mean) / self.std
+
+
+def as_linear(model):
+    """The nn.Linear on raw features that computes what model, Standardize and nn.Linear, does."""
+    standardize, linear = model
+    with torch.no_grad():
+        head = copy.deepcopy(linear)
+        head.weight /= standardize.std
+        head.bias -= (head.weight * standardize.mean).sum(1)
+    return head
+
+
+def train_one_epoch(model, views, labels, criterion, optimizer, batch_size, generator):
+    """Every image once, in one of its views, drawn at random. Returns mean loss and accuracy.
+
+    views: float32 (N, n_views, width); labels: float32 (N,).
+    """
+    order = torch.randperm(len(labels), generator=generator)
+    drawn = torch.randint(views.shape[1], labels.shape, generator=generator)
+    total_loss = correct = 0
+    for rows in order.split(batch_size):
+        logits = model(views[rows, drawn[rows]]).squeeze(1)
+        loss = criterion(logits, labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total_loss += loss.item() * len(rows)
+        correct += ((logits > 0) == (labels[rows] > 0.5)).sum().item()
+    return total_loss / len(labels), correct / len(labels)
+
+
+@torch.no_grad()
+def validate(model, features, labels, criterion):
+    """Mean loss and accuracy on features float32 (N, width), labels float32 (N,)."""
+    logits = model(features).squeeze(1)
+    accuracy = ((logits > 0) == (labels > 0.5)).float().mean()
+    return criterion(logits, labels).item(), accuracy.item()
+
+
+class Trained(NamedTuple):
+    """A head at its best epoch."""
+
+    head: nn.Linear  # on raw features
+    epoch: int
+    val_loss: float
+    val_accuracy: float
+    history: list  # rows of history.csv
+    interrupted: KeyboardInterrupt | None  # what cut the training short
+
+
+HISTORY = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr")
+EPOCH_LINE = (
+    "Epoch [{}/{}], Train Loss: {:.4f}, Train Acc: {:.4f}, Val Loss: {:.4f}, Val Acc: {:.4f}, "
+    "LR: {:.1e}"
+)
+
+
+def train_head(train_views, train_labels, val_features, val_labels, args, seed, log=print):
+    """Trains one output neuron on features; a loss that is not finite is a Failure (status 3).
+
+    train_views: float32 (N, n_views, width); val_features: float32 (M, width); labels: float32.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = nn.Sequential(Standardize(train_views), nn.Linear(train_views.shape[2], 1))
+    generator = torch.Generator().manual_seed(seed)
+    criterion = balanced_criterion(train_labels)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=2)
+    best_val_loss, best_epoch, history, interrupted = math.inf, 0, [], None
+    try:
+        for epoch in range(1, args.epochs + 1):
+            lr = optimizer.param_groups[0]["lr"]
+            train_loss, train_accuracy = train_one_epoch(
+                model, train_views, train_labels, criterion, optimizer, args.batch_size, generator
+            )
+            val_loss, val_accuracy = validate(model, val_features, val_labels, criterion)
+            scheduler.step(val_loss)
+            history.append((epoch, train_loss, train_accuracy, val_loss, val_accuracy, lr))
+            log(EPOCH_LINE.format(epoch, args.epochs, *history[-1][1:]))
+            if not math.isfinite(train_loss + val_loss):
+                raise Failure(f"epoch {epoch}: the loss is not finite; try a smaller --lr", 3)
+            improved = val_loss < best_val_loss
+            if improved:
+                best_val_loss, best_epoch, best_head = val_loss, epoch, as_linear(model)
+            elif args.patience and epoch - best_epoch >= args.patience:
+                log("Early stopping triggered")
+                break
+    except KeyboardInterrupt as stop:
+        if not best_epoch:
+            raise
+        interrupted = stop
+    best_accuracy = history[best_epoch - 1][4]
+    return Trained(best_head, best_epoch, best_val_loss, best_accuracy, history, interrupted)
+
+
+def balanced_criterion(labels):
+    """BCE in which both classes weigh the same, however many images each has in training."""
+    return nn.BCEWithLogitsLoss(pos_weight=(labels < 0.5).sum() / labels.sum())
+
+
+def train_seeds(train_views, train_labels, val_features, val_labels, args):
+    """(the mean of --seeds heads, the heads): a linear head again, steadier than any of them."""
+    data, heads = (train_views, train_labels, val_features, val_labels), []
+    for seed in range(args.seed, args.seed + args.seeds):
+        heads.append(train_head(*data, args, seed, log=print if args.seeds == 1 else quiet))
+        if args.seeds > 1:
+            _, epoch, loss, accuracy, *_ = heads[-1]
+            print(f"Seed {seed}: epoch {epoch}, Val Loss: {loss:.4f}, Val Acc: {accuracy:.4f}")
+        if heads[-1].interrupted:
+            break
+    if args.seeds == 1:
+        return heads[0], heads
+    for name in ("val_loss", "val_accuracy"):
+        values = summary([getattr(each, name) for each in heads])
+        print(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in values.items()))
+    print(f"Saving the mean of {len(heads)} heads; epoch and curves are those of the first")
+    head = copy.deepcopy(heads[0].head)
+    with torch.no_grad():
+        head.weight.copy_(torch.stack([each.head.weight for each in heads]).mean(0))
+        head.bias.copy_(torch.stack([each.head.bias for each in heads]).mean(0))
+    loss, accuracy = validate(head, val_features, val_labels, balanced_criterion(train_labels))
+    mean = heads[0]._replace(head=head, val_loss=loss, val_accuracy=accuracy)
+    return mean._replace(interrupted=heads[-1].interrupted), heads
+
+
+def quiet(line):
+    """The log of heads that are trained by the dozen."""
 
 
 @contextlib.contextmanager
 def one_thread():
-    """One thread for torch: then a sum has one order on every machine and under torchrun, and a head the same bits."""
-    import torch
-
+    """One thread for torch: a sum then has one order, and a head the same bits on any machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -153,170 +241,44 @@ def one_thread():
         torch.set_num_threads(threads)
 
 
-class Heads:
-    """K heads of one output side by side: logits (K, B) of features (K, B, width), each head with its own Adam.
+# ---------------------------------------------------------------- calibration, threshold
 
-    What is trained are weights for standardised features; `folded` gives the same function of raw features, which
-    is what the saved Linear holds. All of it runs on the CPU: the matrices are too small for a GPU to help.
+
+def calibrate(logits, labels):
+    """(slope, intercept): sigmoid(slope * logit + intercept) is the calibrated probability.
+
+    Platt scaling (1999): logistic regression of the validation labels on their logits, towards his
+    targets (n+ + 1)/(n+ + 2) and 1/(n- + 2), which keep it finite where the logits separate the
+    classes. An intercept is needed because pos_weight trains for equal shares of the classes.
     """
-
-    def __init__(self, features, labels, heads):
-        import torch
-        from torch.optim.lr_scheduler import ReduceLROnPlateau
-
-        self.features, self.labels = features, labels
-        self.train = [torch.as_tensor(head.train) for head in heads]
-        self.val = [torch.as_tensor(head.val) for head in heads]
-        self.mean, self.std = map(torch.stack, zip(*(standardise(features, rows) for rows in self.train), strict=True))
-        self.generators = [torch.Generator().manual_seed(head.seed) for head in heads]
-        width = features.shape[2]
-        bound = 1 / math.sqrt(width)  # as nn.Linear draws its weights
-        self.weights = [torch.empty(width).uniform_(-bound, bound, generator=g) for g in self.generators]
-        self.biases = [torch.empty(()).uniform_(-bound, bound, generator=g) for g in self.generators]
-        positives = torch.stack([labels[rows].sum() for rows in self.train])
-        self.pos_weight = ((torch.tensor([len(rows) for rows in self.train]) - positives) / positives)[:, None]
-        self.optimizers = [
-            torch.optim.Adam([w.requires_grad_(), b.requires_grad_()], lr=head.lr, weight_decay=head.weight_decay)
-            for w, b, head in zip(self.weights, self.biases, heads, strict=True)
-        ]
-        self.schedulers = [ReduceLROnPlateau(optimizer, factor=0.5, patience=2) for optimizer in self.optimizers]
-
-    def folded(self, active):
-        """weight (K, width) and bias (K,) for raw features of the heads in `active`."""
-        import torch
-
-        weight = torch.stack([self.weights[k] for k in active]) / self.std[active]
-        bias = torch.stack([self.biases[k] for k in active]) - (weight * self.mean[active]).sum(1)
-        return weight, bias
-
-    def batches(self, active, rows, views, size):
-        """Batch by batch the summed loss and the number of images right at 0.5, (2, K), and the number of images, (K,).
-
-        rows, views: int64 tensors, one a head. A head that has fewer than the others is filled up with images that
-        the mask takes out of the sums.
-        """
-        import torch
-        from torch.nn import functional as F
-        from torch.nn.utils.rnn import pad_sequence
-
-        parts = rows, views, [torch.ones(len(each)) for each in rows]
-        padded = (pad_sequence(part, batch_first=True).split(size, 1) for part in parts)
-        for batch, view, mask in zip(*padded, strict=True):
-            weight, bias = self.folded(active)
-            logits = torch.einsum("kbd,kd->kb", self.features[batch, view], weight) + bias[:, None]
-            y, pos_weight = self.labels[batch], self.pos_weight[active]
-            loss = F.binary_cross_entropy_with_logits(logits, y, pos_weight=pos_weight, reduction="none")
-            correct = (logits > 0) == (y > 0.5)
-            yield torch.stack([(loss * mask).sum(1), (correct * mask).sum(1)]), mask.sum(1)
-
-
-def train_epoch(model, active, batch_size):
-    """One epoch: every training image once, in one randomly drawn view. Mean loss and accuracy of each active head."""
-    import torch
-
-    order, views, total = [], [], 0
-    for k in active:
-        rows, generator = model.train[k], model.generators[k]
-        order.append(rows[torch.randperm(len(rows), generator=generator)])
-        views.append(torch.randint(model.features.shape[1], rows.shape, generator=generator))
-    for sums, counts in model.batches(active, order, views, batch_size):
-        for k in active:
-            model.optimizers[k].zero_grad()
-        (sums[0] / counts.clamp(min=1)).sum().backward()
-        for k, count in zip(active, counts, strict=True):
-            if count:
-                model.optimizers[k].step()
-        total += sums.detach()
-    return total / torch.tensor([len(rows) for rows in order])
-
-
-def validate(model, active):
-    """Mean loss and accuracy of each active head on its validation images, view 0."""
-    import torch
-
-    rows = [model.val[k] for k in active]
-    with torch.no_grad():
-        total = sum(sums for sums, _ in model.batches(active, rows, [torch.zeros_like(part) for part in rows], 256))
-    return total / torch.tensor([len(part) for part in rows])
-
-
-@one_thread()
-def train_heads(features, labels, heads, args, log=print):
-    """Trains the heads side by side until each has stopped; ([Trained], whether Ctrl-C or SIGTERM cut it short).
-
-    features: float32 (N, views, width); labels: float32 (N,). A loss that is not finite is a Failure (status 3).
-    """
-    model = Heads(features, labels, heads)
-    best, history = [None] * len(heads), [[] for _ in heads]
-    active, interrupted = list(range(len(heads))), None
-    try:
-        for epoch in range(1, args.epochs + 1):
-            common.raise_if_stopped()
-            train_loss, train_accuracy = train_epoch(model, active, args.batch_size).tolist()
-            val_loss, val_accuracy = validate(model, active).tolist()
-            weight, bias = model.folded(active)
-            for i, k in enumerate(list(active)):
-                lr = model.optimizers[k].param_groups[0]["lr"]
-                row = (epoch, train_loss[i], train_accuracy[i], val_loss[i], val_accuracy[i], lr)
-                if not all(map(math.isfinite, row)):
-                    raise Failure(f"epoch {epoch}: the loss is not finite, nothing is saved; try a smaller --lr", 3)
-                model.schedulers[k].step(val_loss[i])
-                history[k].append(row)
-                log(EPOCH_LINE.format(*row, epochs=args.epochs))
-                improved = best[k] is None or val_loss[i] < best[k].val_loss
-                if improved:
-                    best[k] = Trained(weight[i].detach().clone(), bias[i].item(), epoch, *row[3:5], history[k])
-                elif args.patience and epoch - best[k].epoch >= args.patience:
-                    active.remove(k)
-                    log("Early stopping triggered")
-            if not active:
-                break
-    except KeyboardInterrupt as error:
-        if None in best:
-            raise
-        interrupted = error
-    return best, interrupted
-
-
-@one_thread()
-def logits_of(trained, features, rows):
-    """Logits float32 (len(rows),) of a head for view 0 of these rows."""
-    return features[rows, 0] @ trained.weight + trained.bias
-
-
-def fit_temperature(logits, labels):
-    """The factor on the logits that minimises the log loss (Guo et al. 2017).
-
-    The targets are Platt's (1999), (n+ + 1)/(n+ + 2) and 1/(n- + 2): without them the factor has no finite optimum
-    on a validation set that the head separates.
-    """
-    import torch
-    from torch.nn import functional as F
-
-    logits, positive = logits.double(), labels > 0.5
-    n1, n0 = positive.sum().item(), (~positive).sum().item()
-    targets = torch.where(positive, (n1 + 1) / (n1 + 2), 1 / (n0 + 2)).double()
-    log_factor = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([log_factor], max_iter=100, line_search_fn="strong_wolfe")
+    positive = labels > 0.5
+    n_positive, n_negative = positive.sum().item(), (~positive).sum().item()
+    targets = torch.where(positive, (n_positive + 1) / (n_positive + 2), 1 / (n_negative + 2))
+    logits, targets = logits.double(), targets.double()
+    line = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([line], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss = F.binary_cross_entropy_with_logits(logits * log_factor.exp(), targets)
+        loss = F.binary_cross_entropy_with_logits(line[0] * logits + line[1], targets)
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    return min(max(log_factor.exp().item(), 0.01), 100.0)
+    slope, intercept = line.tolist()
+    if slope <= 0:
+        warn("not calibrated: PNEUMONIA images of val/ do not score higher than NORMAL ones")
+        return 1.0, 0.0
+    return slope, intercept
 
 
 def fit_threshold(rule, probs, labels):
     """The probability above which an image counts as PNEUMONIA, by a rule on the validation set.
 
-    A number is itself. youden: the largest sensitivity + specificity - 1 (Youden 1950). sensitivity=S: the highest
-    threshold that finds at least the share S of the PNEUMONIA images. Between two scores, the middle is taken.
+    A number is itself. youden: the largest sensitivity + specificity - 1 (Youden 1950).
+    sensitivity=S: the highest threshold that finds at least the share S of the PNEUMONIA images.
+    Between two scores, the middle is taken.
     """
-    import torch
-
     if isinstance(rule, float):
         return rule
     scores = probs.unique().double()
@@ -324,7 +286,8 @@ def fit_threshold(rule, probs, labels):
     above = probs.double()[None] > cuts[:, None]
     sensitivity = above[:, labels > 0.5].double().mean(1)
     if rule == "youden":
-        return cuts[(sensitivity - above[:, labels < 0.5].double().mean(1)).argmax()].item()
+        false_alarms = above[:, labels < 0.5].double().mean(1)
+        return cuts[(sensitivity - false_alarms).argmax()].item()
     return cuts[sensitivity >= float(rule.partition("=")[2])].max().item()
 
 
@@ -333,175 +296,84 @@ def threshold_rule(text):
     if text == "youden":
         return text
     with contextlib.suppress(ValueError):
-        if 0 <= (number := float(text.removeprefix("sensitivity="))) <= 1:
-            return text if text.startswith("sensitivity=") else number
-    raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, youden or sensitivity=0.95, found {text}")
+        if 0 <= (share := float(text.removeprefix("sensitivity="))) <= 1:
+            return text if text.startswith("sensitivity=") else share
+    expected = "expected a number from 0 to 1, youden or sensitivity=0.95"
+    raise argparse.ArgumentTypeError(f"{expected}, found {text}")
 
 
-# ---------------------------------------------------------------- several heads: folds and seeds
+# ---------------------------------------------------------------- data and outputs
 
 
-def grouped_folds(images, count, seed):
-    """The fold, 0 to count-1, of each image: whole patients (cautious key), classes evenly spread, drawn from seed."""
-    groups = {}
-    for row, image in enumerate(images):
-        groups.setdefault(common.patient_key(image.path), []).append(row)
-    folds, sizes = [0] * len(images), [[0] * len(CLASSES) for _ in range(count)]
-    for patient in sorted(groups, key=lambda patient: hashlib.sha256(os.fsencode(f"{seed} {patient}")).digest()):
-        rows = groups[patient]
-        fold = min(range(count), key=lambda f: (sizes[f][images[rows[0]].label], sum(sizes[f]), f))
-        for row in rows:
-            folds[row] = fold
-            sizes[fold][images[row].label] += 1
-    if any(0 in size for size in sizes):
-        raise Failure(f"--folds {count}: expected patients of both classes for each fold; use fewer folds, or --seed")
-    return folds
+def prepare(args, *outputs):
+    """(device, fast dtype, {split: [Image]}, Backbone); checks the outputs, before the work."""
+    device, dtype = common.pick_device(args.device)
+    found = common.read_split(args.data_dir, "train", "val")
+    backbone = common.build_backbone(args.arch, *load_weights(args))
+    common.require_writable(*outputs)
+    return device, dtype, found, backbone
 
 
-def fold_heads(images, args):
-    """[(head, rows held out)]: a fold is held out, the next one stops the training early, the others train."""
-    count, heads = args.folds, []
-    for seed in range(args.seed, args.seed + args.repeats):
-        folds = grouped_folds(images, count, seed)
-        for held_out in range(count):
-            test, val, train = [], [], []
-            for row, fold in enumerate(folds):
-                (test, val, train)[min((fold - held_out) % count, 2)].append(row)
-            heads.append((Head(train, val, seed, args.lr, args.weight_decay), test))
-    return heads
+def load_features(backbone, images, n_views, device, dtype, args, compiled=False):
+    """(features float32 (N, n_views, width), the N images that could be read, those left out)."""
+    data = images, n_views, args.window, device, dtype, args, compiled
+    features, bad = common.extract_features(backbone, *data)
+    kept = common.without_bad(images, bad, args.skip_bad)
+    images, skipped = [images[row] for row in kept], [images[row] for row in sorted(bad)]
+    for label, name in enumerate(CLASSES):
+        if all(image.label != label for image in images):
+            raise Failure(f"{args.data_dir}: no readable {name} image is left for training")
+    return features[kept] if bad else features, images, skipped
 
 
-def summary(values):
-    """mean, deviation, min and max of numbers (None left out), as a dict; None each where no number is left."""
-    values = [value for value in values if value is not None]
-    if not values:
-        return dict.fromkeys(("mean", "deviation", "min", "max"))
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {"mean": statistics.fmean(values), "deviation": deviation, "min": min(values), "max": max(values)}
+def labels_of(images):
+    return torch.tensor([float(image.label) for image in images])
 
 
-def cross_validate(features, labels, images, single, args):
-    """--folds: trains folds x repeats heads and the single split's side by side; prints the spread, writes cv.json."""
-    heads = fold_heads(images, args)
-    trained, interrupted = train_heads(features, labels, [single, *(h for h, _ in heads)], args, log=lambda line: None)
-    if interrupted:
-        raise interrupted
-    held_out = [single.val, *(rows for _, rows in heads)]
-    scores = [
-        common.score(logits_of(head, features, rows).sigmoid(), labels[rows].long(), 0.5)
-        for head, rows in zip(trained, held_out, strict=True)
-    ]
-    metrics = {name: summary([s[name] for s in scores[1:]]) | {"single_split": scores[0][name]} for name in scores[0]}
-    epochs = summary([head.epoch for head in trained[1:]]) | {"single_split": trained[0].epoch}
-    print(f"Cross-validation: {args.folds} folds x {args.repeats} repeats, {len(images)} images, whole patients")
-    print("Of each fold's training: the fold itself is held out, the next one stops it early, the others train it")
-    line = "{:20s}{:>8s}{:>8s}{:>8s}{:>8s}{:>22s}"
-    print(line.format("held-out fold", "mean", "dev", "min", "max", "single split (val)"))
-    for name, row in (metrics | {"best epoch": epochs}).items():
-        digits = 1 if name == "best epoch" else 3
-        cells = ["-" if value is None else f"{value:.{digits}f}" for value in row.values()]
-        print(line.format(name, *cells))
-    path = args.results_dir / "cv.json"
-    common.write_json(path, {"folds": args.folds, "repeats": args.repeats, "metrics": metrics, "epochs": epochs})
-    print(f"Wrote {path}; the test images were not opened")
-
-
-# ---------------------------------------------------------------- files
-
-
-def save_checkpoint(path, network, head_name, trained, about):
-    """model.pth, a plain float32 state dict of the whole network with its one output, and model.json about it."""
-    import torch
-
-    state = network.state_dict()
-    state[f"{head_name}.weight"] = trained.weight[None].clone()
-    state[f"{head_name}.bias"] = torch.tensor([trained.bias])
-    buffer = io.BytesIO()  # of an error while writing to a file torch makes an obscure one of its own
+def save_checkpoint(path, backbone, head, about):
+    """model.pth, a plain float32 state dict of the whole network, and model.json about it."""
+    state = backbone.network.state_dict()
+    state[f"{backbone.head}.weight"] = head.weight.detach().clone()
+    state[f"{backbone.head}.bias"] = head.bias.detach().clone()
+    buffer = io.BytesIO()  # torch's own error on a full disk does not name it
     torch.save(state, buffer)
     with replacing(path) as file:
         file.write(buffer.getbuffer())
     common.write_json(path.with_suffix(".json"), about | {"sha256": common.hash_file(path)})
 
 
-def describe(args, trained, images, skipped, threshold, temperature):
-    """What model.json says, but for the SHA-256 of the model."""
-    import PIL
-    import torch
-    import torchvision
-
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    versions |= {"torchvision": torchvision.__version__, "pillow": PIL.__version__}
-    versions |= {"platform": platform.platform(), "threads": torch.get_num_threads()}  # other ones round differently
+def describe(args, best, heads, images, skipped):
+    """What model.json says, but for what is fitted on val and the SHA-256 of the model."""
 
     def below(image):
         return image.path.relative_to(args.data_dir).as_posix()
 
-    flags = {name: value if isinstance(value, int | float) else str(value) for name, value in vars(args).items()}
+    def plain(value):
+        return value if isinstance(value, int | float) else str(value)
+
+    transforms = common.PREPARE, common.AUGMENT, common.NORMALIZE
+    packages = {"torch": torch, "torchvision": torchvision, "pillow": PIL}
+    scores = ("epoch", "val_loss", "val_accuracy")
     return {
         "arch": args.arch,
         "weights": args.weights,
         "classes": list(CLASSES),
-        "transforms": {"size": common.SIZE, "mean": list(common.MEAN), "std": list(common.STD)},
-        "threshold": threshold,
+        "transforms": [str(each) for each in transforms],
+        "window": args.window,
         "threshold_rule": "fixed" if isinstance(args.threshold, float) else args.threshold,
-        "temperature": temperature,
-        "epoch": trained.epoch,
-        "val_loss": trained.val_loss,
-        "val_accuracy": trained.val_accuracy,
+        **{name: getattr(best, name) for name in scores},
         "seed": args.seed,
-        "flags": flags,
-        "versions": versions,
+        "seeds": [{name: getattr(each, name) for name in scores} for each in heads],
+        "flags": {name: plain(value) for name, value in vars(args).items()},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: str(package.__version__) for name, package in packages.items()},
+            "platform": platform.platform(),
+        },
         "date": time.strftime("%Y-%m-%d %H:%M:%S%z"),
-        "images": {split: {below(image): image.digest for image in found} for split, found in images.items()},
+        "images": {name: {below(i): i.digest for i in found} for name, found in images.items()},
         "skipped": [below(image) for image in skipped],
     }
-
-
-def draw_curves(path, history, best_epoch):
-    """Loss, accuracy and learning rate by epoch, the best epoch marked."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    columns = dict(zip(HISTORY, zip(*history, strict=True), strict=True))
-    epochs, lr = columns["epoch"], columns["lr"]
-    figure = Figure(figsize=(7, 7), layout="constrained")
-    axes = figure.subplots(3, sharex=True, height_ratios=(3, 3, 1))
-    for ax, name in zip(axes, ("loss", "accuracy"), strict=False):
-        for split, color in (("train", "#0072B2"), ("val", "#D55E00")):
-            ax.plot(epochs, columns[f"{split}_{name}"], ".-", color=color, label=split)
-        ax.set_ylabel(name)
-    axes[2].step(epochs, lr, where="mid", color="black")
-    axes[2].set(ylabel="learning rate", yscale="log", xlabel="epoch", ylim=(min(lr) / 2, max(lr) * 2))
-    axes[2].set_yticks(steps := sorted(set(lr)), [f"{step:.1e}" for step in steps], minor=False)
-    axes[2].set_yticks([], minor=True)
-    axes[2].xaxis.set_major_locator(MaxNLocator(integer=True))
-    for ax in axes:
-        ax.axvline(best_epoch, color="grey", linestyle=":", label=f"best epoch, {best_epoch}")
-        ax.grid(alpha=0.3)
-    axes[0].legend()
-    with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=100)
-
-
-def draw_samples(path, images, views):
-    """A grid of two training images of each class, in the views that the network sees."""
-    from PIL import Image, ImageDraw
-
-    columns = min(views, 8)
-    right, down = common.SIZE + 8, common.SIZE + 40  # pixels from one picture to the next
-    by_class = [[image for image in images if image.label == label] for label in range(len(CLASSES))]
-    rows = [found[third * len(found) // 3] for found in by_class for third in (1, 2)]
-    sheet = Image.new("RGB", (columns * right, len(rows) * down), "white")
-    text = ImageDraw.Draw(sheet)
-    for i, image in enumerate(rows):
-        picture = common.load_image(image.path)
-        text.text((4, i * down + 3), f"{CLASSES[image.label]}   {image.path.name}", fill="black", font_size=13)
-        for view in range(columns):
-            name = {0: "view 0: the image", 1: "view 1: mirrored"}.get(view, f"view {view}")
-            text.text((view * right + 4, i * down + 20), name, fill="dimgrey", font_size=12)
-            sheet.paste(common.make_view(picture, view, image.digest), (view * right, i * down + 38))
-    with replacing(path) as file:
-        sheet.save(file, format="png")
 
 
 def write_history(path, history):
@@ -511,122 +383,253 @@ def write_history(path, history):
         writer.writerows(history)
 
 
-# ---------------------------------------------------------------- main
+def draw_curves(path, history, best_epoch):
+    """Loss, accuracy and learning rate by epoch, the best epoch marked."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    epoch, train_loss, train_accuracy, val_loss, val_accuracy, lr = zip(*history, strict=True)
+    figure = Figure(figsize=(7, 7), layout="constrained")
+    axes = figure.subplots(3, sharex=True, height_ratios=(3, 3, 1))
+    lines = ("loss", train_loss, val_loss), ("accuracy", train_accuracy, val_accuracy)
+    for ax, (name, train, val) in zip(axes, lines, strict=False):
+        ax.plot(epoch, train, ".-", color=common.COLOURS[0], label="train")
+        ax.plot(epoch, val, ".-", color=common.COLOURS[1], label="val")
+        ax.set_ylabel(name)
+    axes[2].step(epoch, lr, where="mid", color="black")
+    axes[2].set(xlabel="epoch", ylabel="learning rate", yscale="log")
+    axes[2].xaxis.set_major_locator(MaxNLocator(integer=True))
+    for ax in axes:
+        ax.axvline(best_epoch, color="grey", ls=":", label=f"best epoch, {best_epoch}")
+        ax.grid(alpha=0.3)
+    axes[0].legend()
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=100)
+
+
+def draw_samples(path, images, args):
+    """A grid of two training images of each class, in the views that the network sees."""
+    from matplotlib.figure import Figure
+
+    columns = min(args.views, 8)
+    by_class = [[image for image in images if image.label == label] for label in (0, 1)]
+    rows = [found[third * len(found) // 3] for found in by_class for third in (1, 2)]
+    figure = Figure((1.6 * columns + 0.4, 7.4), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for image, row in zip(rows, axes, strict=True):
+        picture = common.load_image(image.path, args.window)
+        for n, ax in enumerate(row):
+            view = common.make_view(picture, n, image.digest)
+            ax.imshow(view, cmap="gray", vmin=0, vmax=255)
+            ax.axis("off")
+            name = {0: "view 0: the image", 1: "view 1: mirrored"}.get(n, f"view {n}")
+            title = f"{CLASSES[image.label]} {image.path.name:.20}\n" if n == 0 else ""
+            ax.set_title(title + name, fontsize=7, loc="left", parse_math=False)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+# ---------------------------------------------------------------- cross-validation
+
+
+def summary(values):
+    """mean, deviation, min and max of numbers, as a dict."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return dict.fromkeys(("mean", "deviation", "min", "max"))
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    spread = {"deviation": deviation, "min": min(values), "max": max(values)}
+    return {"mean": statistics.fmean(values)} | spread
+
+
+def split_folds(images, labels, n_folds, seed):
+    """[rows of a fold], whole patients, the classes evenly spread, drawn from the seed."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    patients = [common.patient_key(image.path) for image in images]
+    splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
+    with contextlib.suppress(ValueError):  # a class with fewer images than folds
+        folds = [torch.from_numpy(rows) for _, rows in splitter.split(labels, labels, patients)]
+        if all(0 < labels[rows].sum() < len(rows) for rows in folds):
+            return folds
+    raise Failure(f"--folds {n_folds}: a fold has no patient of a class; use fewer, or --seed")
+
+
+def held_out_probs(views, features, labels, train, val, held_out, args, seed):
+    """(P(PNEUMONIA) of the held-out rows, best epoch) of a head trained on `train`."""
+    data = views[train], labels[train], features[val], labels[val]
+    trained = train_head(*data, args, seed, log=quiet)
+    if trained.interrupted:
+        raise trained.interrupted
+    with torch.no_grad():
+        return trained.head(features[held_out]).sigmoid().squeeze(1), trained.epoch
+
+
+def cross_validate(args):
+    """--folds: a fold is held out, the next one stops the training early, the others train it.
+
+    Scores the held-out predictions of each repeat as one table. The folds' spread, and what the
+    single split of train/ and val/ says, stand beside it.
+    """
+    path = args.results_dir / "cv.json"
+    device, dtype, found, backbone = prepare(args, path)
+    both = found["train"] + found["val"]
+    data = device, dtype, args, args.compile
+    views, images, _ = load_features(backbone, both, args.views, *data)
+    features, _, _ = load_features(backbone, images, 1, device, torch.float32, args)
+    common.end_other_ranks()
+    features, labels = features[:, 0], labels_of(images)
+    data, n_train = (views, features, labels), sum(i.path.parts[-3] == "train" for i in images)
+
+    by_repeat, by_fold, epochs = [], [], []
+    bar = tqdm(total=args.folds * args.repeats, unit=" heads", disable=None)
+    with one_thread(), bar:
+        for seed in range(args.seed, args.seed + args.repeats):
+            folds, probs = split_folds(images, labels, args.folds, seed), torch.zeros(len(labels))
+            for i, held_out in enumerate(folds):
+                val = folds[i - 1]
+                train = torch.cat(
+                    [rows for rows in folds if rows is not val and rows is not held_out]
+                )
+                probs[held_out], epoch = held_out_probs(*data, train, val, held_out, args, seed)
+                by_fold.append(common.score(probs[held_out], labels[held_out].long(), 0.5))
+                epochs.append(epoch)
+                bar.update()
+            by_repeat.append(common.score(probs, labels.long(), 0.5))
+        train, val = torch.arange(len(labels)).split([n_train, len(labels) - n_train])
+        probs, epoch = held_out_probs(*data, train, val, val, args, args.seed)
+    single = common.score(probs, labels[val].long(), 0.5)
+
+    metrics = {
+        name: wilson_of(name, [scores[name] for scores in by_repeat], labels)
+        | summary([scores[name] for scores in by_fold])
+        | {"single_split": single[name]}
+        for name in single
+    }
+    epochs = summary(epochs) | {"single_split": epoch}
+    print_cross_validation(metrics, epochs, len(labels), args)
+    about = {"folds": args.folds, "repeats": args.repeats, "n": len(labels)}
+    common.write_json(path, about | {"metrics": metrics, "epochs": epochs})
+    print(f"Wrote {path}; the test images were not opened")
+
+
+def wilson_of(name, values, labels):
+    """{value, low, high}: a score's mean over the repeats, with Wilson's interval if it has one."""
+    values = [value for value in values if value is not None]
+    value = statistics.fmean(values) if values else None
+    positives = int(labels.sum())
+    n = {"accuracy": len(labels), "sensitivity": positives, "specificity": len(labels) - positives}
+    if name not in n:
+        return {"value": value, "low": None, "high": None}
+    return common.wilson(round(value * n[name]), n[name]) | {"value": value}
+
+
+def print_cross_validation(metrics, epochs, n, args):
+    draws = f"{args.folds} folds x {args.repeats} repeats"
+    print(f"Cross-validation: {draws}, {n} images, whole patients")
+    print("A fold is held out, the next one stops the training early, the others train")
+    line = "{:18}{:>8}  {:15} {:>8}{:>8}{:>8}{:>15}"
+    print(line.format("", "", "", "spread", "of the", "folds", "single split"))
+    print(line.format("held out", "value", "95 % interval", "dev", "min", "max", "(val)"))
+    for name, row in metrics.items():
+        interval = "" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
+        cells = (row[key] for key in ("deviation", "min", "max", "single_split"))
+        value, *cells = ("-" if x is None else f"{x:.3f}" for x in (row["value"], *cells))
+        print(line.format(name, value, interval, *cells))
+    cells = (epochs[key] for key in ("mean", "deviation", "min", "max", "single_split"))
+    mean, *cells = (f"{x:.1f}" for x in cells)
+    print(line.format("best epoch", mean, "", *cells))
+
+
+# ---------------------------------------------------------------- command line
 
 
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
-    shared = ("--data-dir", "--checkpoint", "--results-dir", "--device", "--batch-size", "--workers", "--seed")
-    common.add_flags(parser, *shared, "--cache-dir", "--no-cache", "--skip-bad")
-    add = parser.add_argument
-    positive, count, amount = common.at_least(int, 1), common.at_least(int, 0), common.at_least(float, 0, below=1e9)
-    add("--arch", default="resnet50", metavar="NAME", help="a torchvision classifier that ends in a Linear")
-    add("--weights", default="imagenet", metavar="WHAT", help="imagenet, a state dict FILE, or random (for demos)")
-    add(
-        "--views",
-        type=common.at_least(int, 1, below=1000),
-        default=8,
-        metavar="N",
-        help="variants of a training image, 2 = flip",
-    )
-    add("--epochs", type=positive, default=50, metavar="N", help="epochs at most")
-    add("--lr", type=amount, default=1e-3, metavar="X", help="Adam's learning rate at the start")
-    add("--weight-decay", type=amount, default=0.0, metavar="X", help="Adam's weight decay, an L2 penalty")
-    add("--patience", type=count, default=5, metavar="N", help="epochs without a better val loss to stop (0 = never)")
-    rules = "P(PNEUMONIA) above which an image is PNEUMONIA, or a rule fitted on val: youden, sensitivity=0.95"
-    add("--threshold", type=threshold_rule, default=0.5, metavar="T", help=rules)
-    add("--no-calibrate", action="store_true", help="save the probabilities as trained, without the temperature")
-    add("--seeds", type=positive, default=1, metavar="N", help="heads to train, the median one is saved")
-    folds = "cross-validate train and val instead (0 = no, or 3 and up)"
-    add("--folds", type=count, default=0, metavar="N", help=folds)
-    add("--repeats", type=positive, default=1, metavar="N", help="draws of the folds")
+    common.add_flags(parser, *common.RUN_FLAGS)
+    add, number = parser.add_argument, common.number
+    # fmt: off
+    add("--arch", default="resnet50", metavar="NAME",
+        help="a torchvision classifier that ends in a Linear")
+    add("--weights", default="imagenet", metavar="WHAT",
+        help="imagenet, a state dict FILE, or random (for demos)")
+    add("--window", type=number(float, 0, 40), default=2.0, metavar="PERCENT",
+        help="of an image's pixels turn black, and as many white (0 = grey levels as they are)")
+    add("--views", type=number(int, 1, 999), default=8, metavar="N",
+        help="variants of a training image (1 = itself, 2 = and its mirror image)")
+    add("--compile", action="store_true",
+        help="compile the network for the training views; pays from some 10,000")
+    add("--epochs", type=number(int, 1), default=50, metavar="N", help="epochs at most")
+    add("--lr", type=number(float, 0, 1e9), default=1e-3, metavar="X",
+        help="Adam's learning rate at the start")
+    add("--weight-decay", type=number(float, 0, 1e9), default=0.0, metavar="X",
+        help="Adam's weight decay, an L2 penalty")
+    add("--patience", type=number(int, 0), default=5, metavar="N",
+        help="epochs without a better val loss before stopping (0 = never)")
+    add("--threshold", type=threshold_rule, default=0.5, metavar="T",
+        help="P(PNEUMONIA) above which an image is PNEUMONIA, or a rule fitted on val: "
+             "youden, sensitivity=0.95")
+    add("--no-calibrate", action="store_true",
+        help="save the probabilities as trained, without Platt's slope and intercept")
+    add("--seeds", type=number(int, 1), default=1, metavar="N",
+        help="heads to train, whose mean is saved")
+    add("--folds", type=number(int, 0), default=0, metavar="N",
+        help="cross-validate train and val instead (0 = no, or 3 and more)")
+    add("--repeats", type=number(int, 1), default=1, metavar="N", help="draws of the folds")
+    # fmt: on
     args = parser.parse_args(argv)
+    about = args.checkpoint.with_suffix(".json").name
     if args.folds in (1, 2):
-        parser.error(f"--folds {args.folds}: expected 3 or more, for training, early stopping and testing")
+        parser.error(f"--folds {args.folds}: expected 3 or more, to train, stop early and test")
     if (args.seeds if args.folds else args.repeats) > 1:
         parser.error("--repeats needs --folds, and --seeds goes without them")
-    if args.checkpoint.suffix not in (".pth", ".pt") or args.checkpoint.with_suffix(".json").name == common.SPLIT_FILE:
-        parser.error(
-            f"--checkpoint {args.checkpoint}: expected a name like model.pth; model.json beside it tells about it"
-        )
+    if args.checkpoint.suffix not in (".pth", ".pt") or about == common.SPLIT_FILE:
+        parser.error(f"--checkpoint {args.checkpoint}: expected a name like model.pth")
     if args.checkpoint.resolve() == Path(args.weights).resolve():
-        parser.error(f"--checkpoint {args.checkpoint}: these are the --weights; save the trained network elsewhere")
+        parser.error(f"--checkpoint {args.checkpoint}: these are the --weights; choose another")
     return args
 
 
-def load_features(args):
-    """({split: images}, features, skipped images, network, its head's name), all input and output checked first."""
-    device, dtype = common.pick_device(args.device)
-    found = common.read_split(args.data_dir, "train", "val")
-    network, head_name, width, _ = common.build_network(args.arch, *initial_state(args))
-    size = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
-    common.require_space(args.checkpoint.parent, size + 1_000_000, "another folder with --checkpoint")
-    about = args.checkpoint.with_suffix(".json")
-    common.require_writable(args.checkpoint, about, args.results_dir / "history.csv")
-
-    images, n_train = found["train"] + found["val"], len(found["train"])
-    views = [args.views if args.folds or row < n_train else 1 for row in range(len(images))]
-    features, bad = common.extract_features(network, width, images, views, args, device, dtype)
-    kept = common.without_bad(images, bad, args.skip_bad)
-    splits = {
-        "train": [images[row] for row in kept if row < n_train],
-        "val": [images[row] for row in kept if row >= n_train],
-    }
-    for split, left in splits.items():
-        for label, name in enumerate(CLASSES):
-            if not any(image.label == label for image in left):
-                raise Failure(f"{args.data_dir / split / name}: no readable image is left")
-    return splits, features[kept] if bad else features, [images[row] for row in sorted(bad)], network, head_name
-
-
 def train(args):
-    import torch
+    about, report = args.checkpoint.with_suffix(".json"), args.results_dir / "metrics.json"
+    device, dtype, found, backbone = prepare(args, args.checkpoint, about, report)
+    data = device, dtype, args, args.compile
+    views, train_images, skipped = load_features(backbone, found["train"], args.views, *data)
+    data = device, torch.float32, args  # what is scored is float32
+    features, val_images, val_skipped = load_features(backbone, found["val"], 1, *data)
+    common.end_other_ranks()
+    features, labels = features[:, 0], labels_of(val_images)
 
-    splits, features, skipped, network, head_name = load_features(args)
-    images = splits["train"] + splits["val"]
-    labels = torch.tensor([float(image.label) for image in images])
-    rows, n_train = list(range(len(images))), len(splits["train"])
-    single = Head(rows[:n_train], rows[n_train:], args.seed, args.lr, args.weight_decay)
-    if args.folds:
-        cross_validate(features, labels, images, single, args)
-        return
+    with one_thread():
+        best, heads = train_seeds(views, labels_of(train_images), features, labels, args)
+        print(f"Training complete. Best validation loss: {best.val_loss:.4f}")
+        logits = best.head(features).squeeze(1).detach()
+        slope, intercept = (1.0, 0.0) if args.no_calibrate else calibrate(logits, labels)
+        threshold = fit_threshold(args.threshold, (slope * logits + intercept).sigmoid(), labels)
+    with torch.no_grad():
+        best.head.weight *= slope
+        best.head.bias.mul_(slope).add_(intercept)
 
-    heads = [single._replace(seed=args.seed + i) for i in range(args.seeds)]
-    trained, interrupted = train_heads(features, labels, heads, args, print if args.seeds == 1 else lambda line: None)
-    best = choose_median(trained, args)
-    print(f"Training complete. Best validation loss: {best.val_loss:.4f}")
-
-    logits, val_labels = logits_of(best, features, single.val), labels[single.val]
-    factor = 1.0 if args.no_calibrate else fit_temperature(logits, val_labels)
-    threshold = fit_threshold(args.threshold, (factor * logits).sigmoid(), val_labels)
-    best = best._replace(weight=factor * best.weight, bias=factor * best.bias)
-    about = describe(args, best, splits, skipped, threshold, 1 / factor)
-    save_checkpoint(args.checkpoint, network, head_name, best, about)
+    fitted = {"threshold": threshold, "slope": slope, "intercept": intercept}
+    images = {"train": train_images, "val": val_images}
+    described = describe(args, best, heads, images, skipped + val_skipped) | fitted
+    save_checkpoint(args.checkpoint, backbone, best.head, described)
     write_history(args.results_dir / "history.csv", best.history)
-    kept = f"epoch {best.epoch} (val accuracy {best.val_accuracy:.3f}) in {args.checkpoint}, threshold {threshold:.3g}"
-    if interrupted:
-        raise type(interrupted)(f"interrupted after {len(best.history)} epochs; kept the best so far, {kept}")
+    kept = f"epoch {best.epoch} (val accuracy {best.val_accuracy:.3f}) in {args.checkpoint}"
+    kept += f", threshold {threshold:.3g}"
+    if stop := best.interrupted:
+        epochs = f"interrupted after {len(best.history)} epochs"
+        raise type(stop)(f"{epochs}; kept the best so far, {kept}")
     draw_curves(args.results_dir / "curves.png", best.history, best.epoch)
-    draw_samples(args.results_dir / "samples.png", splits["train"], args.views)
+    draw_samples(args.results_dir / "samples.png", train_images, args)
     print(f"Saved {kept}; curves and samples in {args.results_dir}")
-
-
-def choose_median(trained, args):
-    """The head of median validation loss; with --seeds also prints the spread."""
-    trained = sorted(trained, key=lambda head: head.val_loss)
-    median = trained[(len(trained) - 1) // 2]
-    if len(trained) > 1:
-        for name in ("val_loss", "val_accuracy"):
-            row = summary([getattr(head, name) for head in trained])
-            print(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in row.items()))
-        seeds = f"{args.seed} to {args.seed + len(trained) - 1}"
-        print(f"{len(trained)} heads, seeds {seeds}: saving the median by val loss")
-    return median
+    if report.exists():
+        print(f"{report} is about an earlier model: run evaluate.py")
 
 
 def main(argv=None):
     args = parse_args(argv)
-    return common.run(train, args)
+    return common.run(cross_validate if args.folds else train, args)
 
 
 if __name__ == "__main__":

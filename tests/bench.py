@@ -1,10 +1,10 @@
-"""The speed table of the README: every line a ratio of two times of this run, on this machine.
+"""The speed table: every line a ratio of two times of this run, on this machine.
 
     make bench
     make bench ARGS="--only a,d"
 
-Draws phantoms into a temporary folder and uses a ResNet-50 with random weights, whose speed is that of any weights.
-It is a benchmark: it prints, and asserts nothing.
+Draws phantoms into a temporary folder and uses a ResNet-50 with random weights, whose speed is that
+of any weights. It is a benchmark: it prints, and asserts nothing.
 """
 
 import argparse
@@ -17,9 +17,18 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+import torch
+from phantoms import draw_folder, draw_phantom
+from PIL import Image
+from torch import nn
+from torchvision.models import resnet50
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
+
+WINDOW = 2.0
 
 
 def seconds(function, repeats=1):
@@ -32,56 +41,49 @@ def seconds(function, repeats=1):
     return min(times)
 
 
-def report(name, base, base_value, unit, ours, our_value, ratio):
+def report(name, base, base_value, ours, our_value, unit, ratio):
     print(
-        f"{name:4s}{base:32s}{base_value:8.2f} {unit:9s}{ours:52s}{our_value:8.2f} {unit:9s}ratio {ratio:7.2f}",
+        f"{name:4}{base:32}{base_value:9.2f} {unit:9}{ours:36}{our_value:9.2f} {unit:9}"
+        f"ratio {ratio:7.2f}",
         flush=True,
     )
 
 
 def draw_data(folder, train=100, val=50):
     """A data folder of phantoms, so many a class."""
-    from phantoms import draw_folder
-
     draw_folder(folder / "drawn", train=train, test=val)
     (folder / "drawn" / "test").rename(folder / "drawn" / "val")
     return folder / "drawn"
 
 
-def train_command(data, folder, *flags):
-    fixed = ("--data-dir", data, "--checkpoint", folder / "model.pth", "--results-dir", folder / "results")
-    return [sys.executable, "train.py", *fixed, "--cache-dir", folder / "cache", "--weights", "random", *flags]
-
-
-def run(command, cwd=ROOT):
-    subprocess.run([str(part) for part in command], cwd=cwd, check=True, capture_output=True)
+def run(*command):
+    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True, capture_output=True)
 
 
 def plain_epoch(data, batch_size=32):
-    """Seconds of one epoch as the plain loop runs it: decode, flip, forward through the backbone, in autocast."""
-    import torch
-    from torchvision.models import resnet50
-    from torchvision.transforms import functional as F
-
+    """Seconds of one epoch of the plain loop: decode, flip, forward in autocast, backward."""
     device, dtype = common.pick_device("auto")
-    network = resnet50()
-    network.requires_grad_(False)
-    network.fc = torch.nn.Linear(2048, 1)
+    network = resnet50().requires_grad_(False)
+    network.fc = nn.Linear(2048, 1)
     network.to(device)
     optimizer = torch.optim.Adam(network.fc.parameters(), lr=1e-3)
-    found = common.read_split(data, "train", "val")
+    criterion, found = nn.BCEWithLogitsLoss(), common.read_split(data, "train", "val")
+    autocast = torch.autocast(device.type, dtype, dtype != torch.float32)
     start = time.perf_counter()
     for split in ("train", "val"):
         network.train(split == "train")
         order = torch.randperm(len(found[split])).tolist()
         for first in range(0, len(order), batch_size):
             images = [found[split][row] for row in order[first : first + batch_size]]
-            views = [common.make_view(common.load_image(i.path), int(torch.rand(()) < 0.5), i.digest) for i in images]
-            pixels = torch.stack([F.normalize(F.to_tensor(v), common.MEAN, common.STD) for v in views]).to(device)
+            views = [
+                common.make_view(common.load_image(i.path, WINDOW), int(torch.rand(()) < 0.5), "")
+                for i in images
+            ]
+            pixels = torch.stack([torch.from_numpy(np.array(view))[None] for view in views])
             labels = torch.tensor([float(image.label) for image in images], device=device)
-            with torch.autocast(device.type, dtype, dtype != torch.float32), torch.set_grad_enabled(split == "train"):
-                logits = network(pixels).flatten()
-            loss = torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), labels)
+            with autocast, torch.set_grad_enabled(split == "train"):
+                logits = network(common.NORMALIZE(pixels.to(device))).flatten()
+            loss = criterion(logits.float(), labels)
             if split == "train":
                 optimizer.zero_grad()
                 loss.backward()
@@ -89,140 +91,188 @@ def plain_epoch(data, batch_size=32):
     return time.perf_counter() - start
 
 
+USUAL_WAY = """
+import sys
+import numpy as np, torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torchvision import datasets, transforms
+from torchvision.models import resnet50
+network = resnet50().eval()
+network.fc = torch.nn.Identity()
+steps = [transforms.Resize((224, 224)), transforms.ToTensor(),
+         transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+x, y = {}, {}
+for split in ("train", "val"):
+    images = datasets.ImageFolder(f"{sys.argv[1]}/{split}", transforms.Compose(steps))
+    with torch.inference_mode():
+        loader = torch.utils.data.DataLoader(images, batch_size=32)
+        x[split] = np.concatenate([network(pixels).numpy() for pixels, _ in loader])
+    y[split] = images.targets
+model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+print(model.fit(x["train"], y["train"]).score(x["val"], y["val"]))
+"""
+
+
 def bench_training(folder):
-    """(a), (b), (c): 200 + 100 images, 2 views, 50 epochs."""
+    """(a), (b), (c), (g): 200 + 100 images, 2 views, 50 epochs."""
     data = draw_data(folder)
-    flags = ("--views", 2, "--epochs", 50, "--patience", 0)
-    plain = 50 * min(plain_epoch(data) for _ in range(2))
+    files = ("--checkpoint", folder / "model.pth", "--results-dir", folder / "results")
+    flags = ("--weights", "random", "--views", 2, "--epochs", 50, "--patience", 0)
+    command = ("train.py", "--data-dir", data, "--cache-dir", folder / "cache", *files, *flags)
 
     def empty():
         shutil.rmtree(folder / "cache", ignore_errors=True)
-        run(train_command(data, folder, *flags))
+        run(*command)
 
+    plain = 50 * min(plain_epoch(data) for _ in range(2))
     cold = seconds(empty, 2)
-    warm = seconds(lambda: run(train_command(data, folder, *flags)), 5)
-    imports = seconds(lambda: run([sys.executable, "-c", "import torch, torchvision"]), 5)
-    report("(a)", "plain loop, 50 epochs", plain, "s", "train.py, empty store", cold, plain / cold)
-    report("(b)", "plain loop, 50 epochs", plain, "s", "train.py, warm store", warm, plain / warm)
-    report("(c)", "import torch, torchvision", imports, "s", "train.py, warm store", warm, warm / imports)
+    warm = seconds(lambda: run(*command), 5)
+    imports = seconds(lambda: run("-c", "import torch, torchvision"), 5)
+    usual = seconds(lambda: run("-c", USUAL_WAY, data))
+    loop = "plain loop, 50 epochs"
+    report("(a)", loop, plain, "train.py, empty cache", cold, "s", plain / cold)
+    report("(b)", loop, plain, "train.py, warm cache", warm, "s", plain / warm)
+    name = "import torch, torchvision"
+    report("(c)", name, imports, "train.py, warm cache", warm, "s", warm / imports)
+    name = "features and scikit-learn"
+    report("(g)", name, usual, "train.py, empty cache", cold, "s", usual / cold)
+
+
+def forward(network, batch, n_batches):
+    """n_batches times the network's forward pass."""
+    with torch.inference_mode():
+        for _ in range(n_batches):
+            network(batch)
+        if batch.is_cuda:
+            torch.cuda.synchronize()
 
 
 def bench_pass(folder):
-    """(d): the whole pass against forward-only, forward-only against OpenVINO's."""
-    import torch
-
-    data = draw_data(folder, train=250, val=1)
-    images = common.read_split(data, "train")["train"]
+    """(d): the whole pass against forward-only."""
+    images = common.read_split(draw_data(folder, train=250, val=1), "train")["train"]
     device, dtype = common.pick_device("auto")
-    network, _, width, _ = common.build_network("resnet50")
+    backbone = common.build_backbone("resnet50")
     args = argparse.Namespace(no_cache=True, cache_dir=None, batch_size=32, workers=-1)
-    size = min(args.batch_size, 16) if device.type == "cpu" else args.batch_size
-    fast = common.fast_copy(network, device, dtype)
+    size = 16 if device.type == "cpu" else args.batch_size
+    network = common.fast_copy(backbone.network, device, dtype, compiled=False)
     batch = torch.randn(size, 3, 224, 224).to(device, dtype, memory_format=torch.channels_last)
-
-    def forward(fast=fast, batches=16):
-        with torch.inference_mode():
-            for _ in range(batches):
-                fast(batch)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-
-    forward()
-    pairs = []
+    data = images, 2, WINDOW, device, dtype, args
+    forward(network, batch, 8)
+    only, whole = [], []
     for _ in range(3):  # in turn, so that a slow minute of the machine hits both
-        only = seconds(forward) / (16 * size)
-        whole = seconds(lambda: common.extract_features(network, width, images, [2] * len(images), args, device, dtype))
-        pairs.append((only, whole / (2 * len(images)), seconds(forward) / (16 * size)))
-    only, whole = min(min(p[0], p[2]) for p in pairs), min(p[1] for p in pairs)
-    report("(d)", "forward only", only * 1e3, "ms/image", "the whole pass", whole * 1e3, only / whole)
-    if device.type != "cpu":
-        return
+        only.append(seconds(lambda: forward(network, batch, 16)) / (16 * size))
+        passed = seconds(lambda: common.extract_features(backbone, *data))
+        whole.append(passed / (2 * len(images)))
+    only, whole = min(only) * 1e3, min(whole) * 1e3
+    report("(d)", "forward only", only, "the whole pass", whole, "ms/view", only / whole)
+
+
+def bench_compiled(folder):
+    """(d): 5,000 images forward with --compile, against OpenVINO, the set-up of each included."""
     try:
         import openvino
     except ImportError:
-        print("    OpenVINO is not installed: pip install openvino compares with it")
+        print("(d) OpenVINO is not installed: pip install openvino compares with it")
         return
-    hints = {"INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32", "PERFORMANCE_HINT": "LATENCY"}
-    pixels, many = batch.float().numpy(), 5000 // size
+    device, dtype = common.pick_device("cpu")
+    network, n_batches = common.build_backbone("resnet50").network, 5000 // 16
+    batch = torch.randn(16, 3, 224, 224)
+    precision = "bf16" if dtype == torch.bfloat16 else "f32"
+    hints = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
 
-    def set_up():
-        model = openvino.convert_model(network, example_input=torch.randn(size, 3, 224, 224))
-        return openvino.Core().compile_model(model, "CPU", hints).create_infer_request()
+    def by_openvino():
+        model = openvino.convert_model(network, example_input=batch)
+        request = openvino.Core().compile_model(model, "CPU", hints).create_infer_request()
+        for _ in range(n_batches):
+            request.infer({0: batch.numpy()})
 
-    def infer(request, batches=16):
-        for _ in range(batches):
-            request.infer({0: pixels})
+    def by_us(n_batches=n_batches):
+        torch._dynamo.reset()
+        fast = common.fast_copy(network, device, dtype, compiled=True)
+        forward(fast, batch.to(dtype, memory_format=torch.channels_last), n_batches)
 
-    request = set_up()
-    pairs = [(seconds(forward), seconds(lambda: infer(request))) for _ in range(4)]
-    ours, other = (min(times) / (16 * size) * 1e3 for times in zip(*pairs, strict=True))
-    report("", "OpenVINO", other, "ms/image", "forward only", ours, ours / other)
-    pairs = [
-        (
-            seconds(lambda: forward(common.fast_copy(network, device, dtype), many)),
-            seconds(lambda: infer(set_up(), many)),
-        )
-        for _ in range(2)
-    ]
-    ours, other = map(min, zip(*pairs, strict=True))
-    report("", "OpenVINO, 5,000 with set-up", other, "s", "forward only, 5,000 with set-up", ours, ours / other)
+    first = seconds(lambda: by_us(1))  # fills inductor's cache on disk
+    print(f"(d) compiled for the first time on this machine in {first:.1f} s", flush=True)
+    ours, other = seconds(by_us), seconds(by_openvino)
+    report("(d)", "OpenVINO, 5,000 images", other, "forward, --compile", ours, "s", ours / other)
 
 
 def bench_decoding(folder):
     """(e): 1500x1200 JPEGs from file to view, decoded whole and at the scale that suffices."""
-    import numpy as np
-    from phantoms import draw_phantom
-    from PIL import Image
-
-    for mode, quality in (("L", 75), ("L", 90), ("RGB", 90)):  # the reference data's originals are grey, others colour
+    for mode, quality in (("L", 75), ("L", 90), ("RGB", 90)):
         paths = [folder / f"{i}.jpeg" for i in range(12)]
-        for i, path in enumerate(paths):
-            phantom = draw_phantom(np.random.default_rng(i), bool(i % 2), 500)  # enlarged: files as big as real ones
-            phantom.resize((1500, 1200), Image.Resampling.BICUBIC).convert(mode).save(path, quality=quality)
-        whole = seconds(lambda paths=paths: [common.make_view(Image.open(p), 0, "") for p in paths], 5) / len(paths)
-        small = seconds(lambda paths=paths: [common.make_view(common.load_image(p), 0, "") for p in paths], 5) / len(
-            paths
-        )
-        name = f"1500x1200 JPEG {mode} q{quality}, whole"
-        what = f"at the scale that suffices, {sum(p.stat().st_size for p in paths) / len(paths) / 1e3:.0f} kB"
-        report("(e)", name, whole * 1e3, "ms/image", what, small * 1e3, whole / small)
+        for i, path in enumerate(paths):  # enlarged: files as big as real ones
+            phantom = draw_phantom(np.random.default_rng(i), bool(i % 2), 500)
+            large = phantom.resize((1500, 1200), Image.Resampling.BICUBIC)
+            large.convert(mode).save(path, quality=quality)
+
+        def decode_whole(paths=paths):
+            for path in paths:
+                common.stretch(common.PREPARE(Image.open(path).convert("L")), WINDOW)
+
+        def decode(paths=paths):
+            for path in paths:
+                common.load_image(path, WINDOW)
+
+        whole, small = (seconds(each, 5) / len(paths) * 1e3 for each in (decode_whole, decode))
+        kilobytes = sum(path.stat().st_size for path in paths) / len(paths) / 1e3
+        name, ours = f"{mode} JPEG, {kilobytes:.0f} kB, whole", "at the scale that suffices"
+        report("(e)", name, whole, ours, small, "ms/image", whole / small)
 
 
 def bench_growth(folder):
     """(f): seconds an image and peak memory of the pass over 1x, 4x and 16x as many images."""
     code = (
-        "import resource, sys, time, common\n"
+        "import resource, sys, time, torch, common\n"
         "from argparse import Namespace\n"
         "from pathlib import Path\n"
         "device, dtype = common.pick_device('auto')\n"
-        "network, _, width, _ = common.build_network('resnet18')\n"
+        "backbone = common.build_backbone('resnet18')\n"
         "images = common.read_split(sys.argv[1], 'train')['train'][: int(sys.argv[3])]\n"
-        "args = Namespace(no_cache=False, cache_dir=Path(sys.argv[2]), batch_size=32, workers=2)\n"
+        "flags = dict(no_cache=False, cache_dir=Path(sys.argv[2]), batch_size=32, workers=2)\n"
+        "data = images, 1, 2.0, device, dtype, Namespace(**flags)\n"
         "start = time.perf_counter()\n"
-        "features, _ = common.extract_features(network, width, images, [1] * len(images), args, device, dtype)\n"
-        "taken, status = time.perf_counter() - start, Path('/proc/self/status')\n"
-        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"  # on Linux that of this process's parent counts
-        "peak = int(status.read_text().split('VmHWM:')[1].split()[0]) * 1024 if status.exists() else peak\n"
+        "features, _ = common.extract_features(backbone, *data)\n"
+        "taken = time.perf_counter() - start\n"
+        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         "print(taken, peak, features.nbytes)\n"
     )
     data = draw_data(folder, train=1600, val=1)
     for factor in (1, 4, 16):
-        command = [sys.executable, "-c", code, str(data), str(folder / f"cache{factor}"), str(200 * factor)]
-        out = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-        taken, peak, features = map(float, out.split())
-        time_and_memory = f"{taken / factor * 5:6.2f} ms/image, {(peak - features) / 1e6:5.0f} MB beyond the features"
-        print(f"(f) {200 * factor:5d} images through a ResNet-18: {time_and_memory}", flush=True)
+        arguments = (data, folder / f"cache{factor}", 200 * factor)
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        out = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        taken, peak, features = map(float, out.splitlines()[-1].split())
+        memory = f"{(peak - features) / 1e6:5.0f} MB beyond the features"
+        name = f"(f) {200 * factor:5d} images through a ResNet-18"
+        print(f"{name}: {taken / factor * 5:6.2f} ms/image, {memory}", flush=True)
+
+
+BENCHES = {
+    "e": bench_decoding,
+    "d": bench_pass,
+    "o": bench_compiled,
+    "a": bench_training,
+    "f": bench_growth,
+}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="a,d,e,f", help="which lines: a (with b and c), d, e, f (default: all)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only",
+        default=",".join(BENCHES),
+        help="lines: a (with b, c, g), d (the pass), o (OpenVINO), e, f (default: all)",
+    )
     only = parser.parse_args().only.split(",")
-    import torch
-
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
-          f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}")  # fmt: skip
-    for name, bench in {"e": bench_decoding, "d": bench_pass, "a": bench_training, "f": bench_growth}.items():
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    print(f"{machine}, torch {torch.__version__}, {gpu}")
+    for name, bench in BENCHES.items():
         if name in only:
             with tempfile.TemporaryDirectory() as folder:
                 bench(Path(folder))

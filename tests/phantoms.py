@@ -26,7 +26,10 @@ def draw_phantom(rng, pneumonia, size=224):
     image = Image.new("L", (size, size), 25)
     draw = ImageDraw.Draw(image)
     ellipse(draw, near(0.5, 0.02), near(0.6, 0.02), near(0.47, 0.02), near(0.62, 0.03), 165)
-    lungs = [(near(x, 0.015), near(0.46, 0.02), near(0.145, 0.015), near(0.3, 0.02)) for x in (0.29, 0.71)]
+    lungs = [
+        (near(x, 0.015), near(0.46, 0.02), near(0.145, 0.015), near(0.3, 0.02))
+        for x in (0.29, 0.71)
+    ]
     for lung in lungs:
         ellipse(draw, *lung, 70)
     inside = Image.new("L", (size, size), 0)
@@ -36,8 +39,18 @@ def draw_phantom(rng, pneumonia, size=224):
     for _ in range(rng.integers(2, 5) if pneumonia else 0):
         x, y, width, height = lungs[rng.integers(2)]
         place = (x + rng.uniform(-0.5, 0.5) * width, y + rng.uniform(-0.3, 0.7) * height)
-        ellipse(ImageDraw.Draw(opacities), *place, near(0.07, 0.025), near(0.07, 0.025), int(rng.integers(70, 120)))
-    opacities = np.asarray(opacities.filter(ImageFilter.GaussianBlur(size * 0.03)), float) * np.asarray(inside) / 255
+        ellipse(
+            ImageDraw.Draw(opacities),
+            *place,
+            near(0.07, 0.025),
+            near(0.07, 0.025),
+            int(rng.integers(70, 120)),
+        )
+    opacities = (
+        np.asarray(opacities.filter(ImageFilter.GaussianBlur(size * 0.03)), float)
+        * np.asarray(inside)
+        / 255
+    )
     top, step = near(0.14, 0.02), near(0.082, 0.006)
     for i in range(8):
         box = (size * 0.1, top + i * step, size * 0.9, top + i * step + size * 0.3)
@@ -46,7 +59,9 @@ def draw_phantom(rng, pneumonia, size=224):
     ellipse(draw, near(0.56, 0.02), near(0.62, 0.02), near(0.13, 0.02), near(0.14, 0.02), 190)
     pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(1.2)), float) + opacities
     pixels = (pixels - 110) * rng.uniform(0.8, 1.2) + 110 + rng.uniform(-15, 15)
-    return Image.fromarray((pixels + rng.normal(0, rng.uniform(3, 7), pixels.shape)).clip(0, 255).astype(np.uint8))
+    return Image.fromarray(
+        (pixels + rng.normal(0, rng.uniform(3, 7), pixels.shape)).clip(0, 255).astype(np.uint8)
+    )
 
 
 def draw_folder(folder, train=50, test=25, size=224, seed=0):
@@ -59,14 +74,20 @@ def draw_folder(folder, train=50, test=25, size=224, seed=0):
             rng = np.random.default_rng([seed, split == "test", label])
             for i in range(count):
                 number = i + 1000 * (split == "test")
-                file = f"person{number}_virus_{number}.jpeg" if label else f"IM-{number:04d}-0001.jpeg"
+                file = (
+                    f"person{number}_virus_{number}.jpeg" if label else f"IM-{number:04d}-0001.jpeg"
+                )
                 draw_phantom(rng, bool(label), size).save(target / file, quality=75)
     os.replace(folder, whole)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="the data folder to make; one that exists is left alone")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "folder", type=Path, help="the data folder to make; one that exists is left alone"
+    )
     folder = parser.parse_args().folder
     if folder.exists():
         print(f"{folder} exists, nothing drawn")

@@ -1,135 +1,131 @@
-"""common.py: images, views, the device, the feature store and the one pass."""
+"""common.py: images and views, the device, the pass with its cache, patients."""
 
+import contextlib
+import io
+import os
 import subprocess
 import sys
-import time
 from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
-import PIL
 import pytest
 import torch
-import torchvision
-from phantoms import draw_folder, draw_phantom
-from PIL import Image
+from phantoms import draw_phantom
+from PIL import Image, ImageOps
+from torchvision import transforms
 
 import common
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def save(path, pixels, mode=None, **options):
-    Image.fromarray(np.asarray(pixels), mode).save(path, **options)
-    return path
-
-
-RAMP = np.tile(np.arange(256, dtype=np.uint8), (256, 1))
-
-
-# ---------------------------------------------------------------- images
-
-
-def test_sixteen_bit_greyscale_is_windowed_by_its_own_minimum_and_maximum(tmp_path):
-    path = save(tmp_path / "pacs.png", (RAMP.astype(np.uint16) * 16 + 1000))
-    assert (np.asarray(common.load_image(path)) == RAMP).all()
-    path = save(tmp_path / "float.tiff", RAMP.astype(np.float32) / 255 - 0.5)
-    assert (np.asarray(common.load_image(path)) == RAMP).all()
-
-
-def test_alpha_palette_and_cmyk_come_out_with_their_grey_levels(tmp_path):
-    grey = Image.fromarray(RAMP)
-    files = {
-        "rgba.png": Image.merge("RGBA", (grey, grey, grey, Image.new("L", grey.size, 255))),
-        "la.png": Image.merge("LA", (grey, Image.new("L", grey.size, 255))),
-        "palette.png": grey.convert("P"),
-        "cmyk.tiff": grey.convert("RGB").convert("CMYK"),
-        "grey.webp": grey.convert("RGB"),
-        "grey.bmp": grey,
-    }
-    for name, image in files.items():
-        image.save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
-        assert (np.asarray(common.load_image(tmp_path / name).convert("RGB")) == RAMP[..., None]).all(), name
-
-
-def test_a_rotated_photograph_is_turned_upright(tmp_path):
-    image = Image.fromarray(RAMP[:, :128])
-    exif = Image.Exif()
-    exif[0x0112] = 6  # rotate by 90 degrees clockwise to see it upright
-    image.save(tmp_path / "turned.png", exif=exif)
-    upright = np.asarray(common.load_image(tmp_path / "turned.png"))
-    assert upright.shape == (128, 256) and (upright == np.rot90(RAMP[:, :128], -1)).all()
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (b"", "empty"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-LFS"),
-        (b"<!DOCTYPE html><html></html>", "web page"),
-        (b"GIF", "no image"),
-    ],
+TO_TENSOR = transforms.Compose(
+    [transforms.ToTensor(), transforms.Normalize(common.MEAN, common.STD)]
 )
-def test_a_file_that_is_no_image_is_explained(tmp_path, content, reason):
-    path = tmp_path / "x.jpeg"
-    path.write_bytes(content)
-    with pytest.raises(OSError) as caught:
-        common.load_image(path)
-    assert reason in common.explain_unreadable(path, caught.value)
 
 
-def test_bombs_and_pictures_of_two_colours_are_refused(tmp_path):
-    for size, message in ((9000, "9000x9000 pixels"), (14000, "196000000 pixels")):
-        Image.new("1", (size, size)).save(tmp_path / "bomb.png")
-        with pytest.raises((ValueError, Image.DecompressionBombError), match=message):
-            common.load_image(tmp_path / "bomb.png")
-    Image.new("1", (64, 64)).save(tmp_path / "two.png")
-    with pytest.raises(ValueError, match="two colours"):
-        common.load_image(tmp_path / "two.png")
+@pytest.fixture(scope="module")
+def phantom():
+    return draw_phantom(np.random.default_rng(0), True)
 
 
-def test_a_large_jpeg_is_decoded_small_but_never_below_what_the_resize_needs(tmp_path):
-    picture = draw_phantom(np.random.default_rng(0), True, 1200).resize((1500, 1200))
-    picture.save(tmp_path / "large.jpeg", quality=95)
-    image = common.load_image(tmp_path / "large.jpeg")
-    assert min(image.size) >= common.SIZE and max(image.size) < 750
-    whole = Image.open(tmp_path / "large.jpeg")
-    small, full = (np.asarray(common.make_view(i, 0, "")).astype(float) for i in (image, whole))
-    assert np.abs(small - full).mean() < 2
-    for size in (224, 225, 447, 448, 449, 1791, 1792):
-        Image.new("L", (size, size + 9)).save(tmp_path / "x.jpeg")
-        assert min(common.load_image(tmp_path / "x.jpeg").size) >= common.SIZE
+def grey(image):
+    return np.asarray(image, dtype=np.int16)
 
 
-def test_views_are_the_image_its_mirror_image_and_fixed_small_changes():
-    image = draw_phantom(np.random.default_rng(0), True).convert("RGB")
-    views = [np.asarray(common.make_view(image, number, "ab")).astype(int) for number in range(10)]
-    assert (views[0] == np.asarray(image)).all() and (views[1] == views[0][:, ::-1]).all()
-    again = [np.asarray(common.make_view(image, number, "ab")).astype(int) for number in range(10)]
-    assert all((a == b).all() for a, b in zip(views, again, strict=True))
-    for number, view in enumerate(views[2:], 2):
-        assert view.shape == (224, 224, 3) and all((view != other).any() for other in views[:number])
-        assert min(np.abs(view - views[0]).mean(), np.abs(view - views[1]).mean()) < 50
-    assert (views[2] != np.asarray(common.make_view(image, 2, "cd"))).any()
+# ---------------------------------------------------------------- images and views
 
 
-def test_grey_and_colour_files_of_the_same_pixels_give_the_same_views():
-    grey = draw_phantom(np.random.default_rng(0), True, 300)
-    for number in range(6):
-        views = [np.asarray(common.make_view(image, number, "ab")) for image in (grey, grey.convert("RGB"))]
-        assert views[0].shape == (224, 224, 3) and (views[0] == views[1]).all()
+def test_an_image_is_stretched_between_its_own_percentiles(phantom, tmp_path):
+    phantom.save(tmp_path / "a.png")
+    expected = ImageOps.autocontrast(phantom, cutoff=2)
+    assert (grey(common.load_image(tmp_path / "a.png", 2)) == grey(expected)).all()
+    assert (grey(common.load_image(tmp_path / "a.png", 0)) == grey(phantom)).all()
+    dim = phantom.point([int(30 + level * 0.4) for level in range(256)])
+    dim.save(tmp_path / "dim.png")
+    assert np.abs(grey(common.load_image(tmp_path / "dim.png", 2)) - grey(expected)).max() <= 3
 
 
-def test_views_are_pinned_so_that_every_machine_draws_the_same():
-    image = draw_phantom(np.random.default_rng(0), False).convert("RGB")
-    found = [float(np.asarray(common.make_view(image, number, "00ff")).mean()) for number in (0, 2, 3, 4, 5)]
-    assert found == pytest.approx([107.9, 123.08, 133.58, 99.92, 101.91], abs=0.5)
+def test_sixteen_bits_give_the_picture_of_eight_and_one_bright_pixel_changes_nothing(
+    phantom, tmp_path
+):
+    levels = np.asarray(phantom, np.uint16) * 16  # 12 bits, as detectors have them
+    expected = grey(ImageOps.autocontrast(phantom, cutoff=2))
+    for spoilt in (False, True):
+        levels[5, 5] = 65535 if spoilt else levels[5, 5]
+        for name in ("a.png", "a.tiff"):
+            Image.fromarray(levels).save(tmp_path / name)
+            found = grey(common.load_image(tmp_path / name, 2))
+            assert np.abs(found - expected).max() <= 2 + 255 * spoilt  # at that pixel, or beside
+            assert np.abs(found - expected).mean() < 1
+
+
+def test_the_whole_film_is_resized_and_nothing_is_cropped(tmp_path):
+    film = np.full((300, 600), 100, np.uint8)
+    film[:, :20] = film[:, -20:] = 200  # what a centre crop would take off
+    Image.fromarray(film).save(tmp_path / "wide.png")
+    found = grey(common.load_image(tmp_path / "wide.png", 0))
+    assert found.shape == (224, 224)
+    assert (found[:, :5] > 190).all() and (found[:, -5:] > 190).all()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "CMYK"])
+def test_other_modes_come_out_with_their_grey_levels(phantom, mode, tmp_path):
+    path = tmp_path / ("a.tiff" if mode == "CMYK" else "a.png")
+    phantom.convert(mode).save(path)
+    difference = np.abs(grey(common.load_image(path, 0)) - grey(phantom))
+    assert difference.max() <= 1
+
+
+def test_a_rotated_photograph_is_turned_upright(phantom, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    phantom.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.png", exif=exif)
+    assert (grey(common.load_image(tmp_path / "a.png", 0)) == grey(phantom)).all()
+
+
+def test_a_large_jpeg_is_decoded_small_but_never_below_what_the_network_sees(tmp_path):
+    large = draw_phantom(np.random.default_rng(1), False, 1000)
+    large.save(tmp_path / "a.jpeg", quality=90)
+    assert common.open_image(tmp_path / "a.jpeg").size == (250, 250)
+    plain = large.resize((224, 224), Image.Resampling.BILINEAR)
+    assert np.abs(grey(common.load_image(tmp_path / "a.jpeg", 0)) - grey(plain)).mean() < 2
+
+
+def test_no_format_is_tried_that_pillow_hands_to_another_program(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
+    with pytest.raises(OSError, match="cannot identify"):
+        common.open_image(tmp_path / "a.png")
+
+
+def test_views_are_the_image_its_mirror_image_and_fixed_small_changes(phantom):
+    views = [common.make_view(phantom, number, "ab" * 32) for number in range(6)]
+    assert views[0] is phantom
+    assert (grey(views[1]) == grey(phantom)[:, ::-1]).all()
+    for number, view in enumerate(views):
+        torch.rand(3)  # what was drawn before must not matter
+        assert (grey(view) == grey(common.make_view(phantom, number, "ab" * 32))).all()
+    differences = [np.abs(grey(a) - grey(b)).mean() for a in views for b in views if a is not b]
+    assert min(differences) > 2
+    assert grey(common.make_view(phantom, 2, "cd" * 32)).mean() != grey(views[2]).mean()
+
+
+def test_drawing_a_view_leaves_the_random_state_alone(phantom):
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    common.make_view(phantom, 5, "ef" * 32)
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_views_are_pinned_so_that_every_machine_draws_the_same(phantom):
+    means = [grey(common.make_view(phantom, number, "00ff" * 16)).mean() for number in (0, 2, 3, 4)]
+    assert means == pytest.approx([106.62, 93.47, 87.58, 96.50], abs=0.5)
 
 
 # ---------------------------------------------------------------- device
 
 
-class Stand:
+class Machine:
     """Stands in for hardware: the answers that torch would give."""
 
     def __init__(self, monkeypatch, cuda=0, bf16=True, mps=False, cpu=()):
@@ -138,6 +134,7 @@ class Stand:
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(cpu, True))
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
 
 
 @pytest.mark.parametrize(
@@ -152,390 +149,265 @@ class Stand:
         ("cuda:1", {"cuda": 2}, "cuda:1", torch.bfloat16),
     ],
 )
-def test_the_device_and_its_precision(monkeypatch, name, machine, device, dtype):
-    Stand(monkeypatch, **machine)
+def test_the_device_and_its_fast_precision(monkeypatch, name, machine, device, dtype):
+    Machine(monkeypatch, **machine)
     assert common.pick_device(name) == (torch.device(device), dtype)
+
+
+def test_on_cuda_what_is_scored_is_not_rounded_to_tf32(monkeypatch):
+    Machine(monkeypatch, cuda=1)
+    common.pick_device("auto")
+    assert torch.backends.cudnn.allow_tf32 is False
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "mps", "gpu", "cuda:x", ""])
 def test_a_device_that_is_absent_is_refused(monkeypatch, name):
-    Stand(monkeypatch)
+    Machine(monkeypatch)
     with pytest.raises(common.Failure, match="--device"):
         common.pick_device(name)
 
 
 def test_the_last_gpu_exists_and_the_one_after_does_not(monkeypatch):
-    Stand(monkeypatch, cuda=2)
+    Machine(monkeypatch, cuda=2)
+    assert common.pick_device("cuda:1")[0].index == 1
     with pytest.raises(common.Failure, match="2 found"):
         common.pick_device("cuda:2")
 
 
 def test_each_process_of_torchrun_gets_its_own_gpu(monkeypatch):
-    Stand(monkeypatch, cuda=4)
+    Machine(monkeypatch, cuda=4)
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert common.pick_device("auto")[0] == torch.device("cuda:3")
 
 
-# ---------------------------------------------------------------- the pass and its store
+# ---------------------------------------------------------------- the pass and its cache
 
 
 @pytest.fixture(scope="module")
-def network():
-    return common.build_network("resnet18")
+def backbone():
+    return common.build_backbone("tinynet")
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images") / "data"
-    draw_folder(folder, train=6, test=1, size=64)
-    return common.read_split(folder, "train")["train"]
+def images(split_phantoms):
+    return common.read_split(split_phantoms, "val")["val"][::2]
 
 
-def extract(network, images, views, cache, **changes):
-    values = {"cache_dir": cache, "no_cache": cache is None, "batch_size": 4, "workers": 0}
-    device, dtype = common.pick_device("cpu")
-    args = Namespace(**(values | changes))
-    return common.extract_features(network[0], network[2], images, views, args, device, dtype)
+def extract(backbone, images, n_views, cache=None, dtype=torch.float32, window=2.0, **flags):
+    args = {"cache_dir": cache, "no_cache": cache is None, "batch_size": 4, "workers": 0}
+    device = torch.device("cpu")
+    args = Namespace(**(args | flags))
+    return common.extract_features(backbone, images, n_views, window, device, dtype, args)
 
 
 def computed(capsys):
-    """The number of features that the runs since the last call computed."""
-    return sum(int(line.split()[1]) for line in capsys.readouterr().out.splitlines() if "computed in" in line)
+    """The number of images that the passes since the last call computed."""
+    lines = capsys.readouterr().out.splitlines()
+    return sum(int(line.split()[1]) for line in lines if "images computed" in line)
 
 
-def test_features_are_those_of_the_plain_network_whatever_the_batch_order_and_workers(network, images, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
-    features, bad = extract(network, images, [2] * 12, None)
-    assert not bad and features.shape == (12, 2, 512) and features.dtype == torch.float32
-    mean, std = torch.tensor(common.MEAN).view(3, 1, 1), torch.tensor(common.STD).view(3, 1, 1)
+def test_features_are_those_of_the_plain_network_whatever_the_order_and_the_workers(
+    backbone, images
+):
+    features, bad = extract(backbone, images, 3)
+    assert not bad and features.shape == (12, 3, 8) and features.dtype == torch.float32
     for row in (0, 7):
-        pixels = np.asarray(common.make_view(common.load_image(images[row].path), 1, images[row].digest))
-        with torch.no_grad():
-            plain = network[0](((torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255 - mean) / std)[None])[0]
-        assert torch.allclose(features[row, 1], plain, rtol=1e-3, atol=1e-3)
-    backwards, _ = extract(network, images[::-1], [2] * 12, None)
+        picture = common.load_image(images[row].path, 2)
+        view = common.make_view(picture, 2, images[row].digest).convert("RGB")
+        plain = backbone.network(TO_TENSOR(view)[None])[0]
+        assert torch.allclose(features[row, 2], plain, rtol=1e-4, atol=1e-5)
+    backwards, _ = extract(backbone, images[::-1], 3)
     assert torch.equal(backwards.flip(0), features)
-    workers, _ = extract(network, images, [2] * 12, None, workers=2)
-    assert torch.equal(workers, features)
+    by_workers, _ = extract(backbone, images, 3, workers=2)
+    assert torch.equal(by_workers, features)
 
 
-def test_a_vector_does_not_depend_on_its_companions_in_the_batch(network, images):
-    together, _ = extract(network, images, [3] * 12, None)
-    alone, _ = extract(network, images[5:6], [3], None)
+@pytest.mark.parametrize("n_views", [1, 2, 3, 5, 9])
+def test_a_vector_does_not_depend_on_its_companions_in_the_batch(backbone, images, n_views):
+    together, _ = extract(backbone, images, n_views)
+    alone, _ = extract(backbone, images[5:6], n_views)
     assert torch.equal(alone[0], together[5])
+    first, _ = extract(backbone, images, 1)
+    assert torch.equal(first[:, 0], together[:, 0])
 
 
-def test_the_store_gives_back_what_was_computed_and_only_the_missing_is_computed(network, images, tmp_path, capsys):
-    first, _ = extract(network, images[:8], [2] * 8, tmp_path)
-    assert computed(capsys) == 16
-    again, _ = extract(network, images[:8], [2] * 8, tmp_path)
-    assert computed(capsys) == 0 and torch.equal(again, first)
-    more, _ = extract(network, images, [3] * 8 + [1] * 4, tmp_path)
-    assert computed(capsys) == 8 + 4 and torch.equal(more[:8, :2], first)
-    fresh, _ = extract(network, images, [3] * 12, None)
-    assert torch.equal(more[:8], fresh[:8]) and torch.equal(more[8:, 0], fresh[8:, 0])
+def test_training_views_in_bfloat16_are_close_to_float32(images):
+    backbone = common.build_backbone("resnet18")
+    exact, _ = extract(backbone, images[:4], 2)
+    fast, _ = extract(backbone, images[:4], 2, dtype=torch.bfloat16)
+    assert fast.dtype == torch.float32 and not torch.equal(fast, exact)
+    assert (fast - exact).abs().max() < 0.05 * exact.abs().max()
+    similar = torch.nn.functional.cosine_similarity(fast, exact, dim=2)
+    assert similar.min() > 0.999
 
 
-def test_a_moved_image_costs_nothing_and_a_copy_is_computed_once(network, images, tmp_path, capsys):
-    twin = tmp_path / "elsewhere.jpeg"
-    twin.write_bytes(images[0].path.read_bytes())
-    both = [images[0], common.Image(twin, 1, common.hash_file(twin))]
-    features, _ = extract(network, both, [2, 2], tmp_path / "cache")
-    assert computed(capsys) == 2 and torch.equal(features[0], features[1])
-
-
-def test_other_weights_precision_or_preprocessing_never_reuse_a_vector(network, images, tmp_path, monkeypatch, capsys):
-    extract(network, images, [2] * 12, tmp_path)
-    assert computed(capsys) == 24
-    other = common.build_network("resnet18")
-    other[0].conv1.weight.data[0, 0, 0, 0] += 1e-3
-    extract(other, images, [2] * 12, tmp_path)
-    assert computed(capsys) == 24
-    other = common.build_network("resnet18")
-    other[0].relu = torch.nn.Hardtanh(0, 0.5)  # the same weights in another network
-    extract(other, images, [2] * 12, tmp_path)
-    assert computed(capsys) == 24
-
-    def make_view(image, number, digest, true=common.make_view):
-        return true(image, number + 2, digest)
-
-    def load_image(path, true=common.load_image):
-        return true(path).rotate(180)
-
-    changes = {"MEAN": (0.5, 0.5, 0.5), "STD": (0.5, 0.5, 0.5), "make_view": make_view, "load_image": load_image}
-    changes = [(common, name, value) for name, value in (changes | {"SIZE": 192}).items()]
-    for place, name, value in [*changes, (PIL, "__version__", "0.1"), (torchvision, "__version__", "0.1")]:
-        monkeypatch.setattr(place, name, value)
-        extract(network, images, [2] * 12, tmp_path)
-        assert computed(capsys) == 24, name
-        monkeypatch.undo()
-    native = torch.cpu.get_capabilities()
-    other_precision = {} if native.get("avx512_bf16") or native.get("amx_bf16") else {"avx512_bf16": True}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: other_precision)
-    extract(network, images, [2] * 12, tmp_path)
-    assert computed(capsys) == 24
-    monkeypatch.undo()
-    extract(network, images, [2] * 12, tmp_path)
-    assert computed(capsys) == 0
-
-
-def test_a_flipped_bit_is_computed_again_and_said(network, images, tmp_path, capsys):
-    first, _ = extract(network, images, [1] * 12, tmp_path)
-    (path,) = tmp_path.glob("*/*.features")
-    content = path.read_bytes()
-    for position in (3, 50, len(content) // 2, len(content) - 2):
-        damaged = bytearray(content)
-        damaged[position] ^= 4
-        path.write_bytes(damaged)
-        for extra in tmp_path.glob("*/*.features"):
-            extra.unlink() if extra != path else None
-        capsys.readouterr()
-        again, _ = extract(network, images, [1] * 12, tmp_path)
-        captured = capsys.readouterr()
-        assert torch.equal(again, first) and "1 damaged records" in captured.err and "Features: 1 comp" in captured.out
-
-
-def test_a_record_torn_by_a_kill_is_computed_again(network, images, tmp_path, capsys):
-    first, _ = extract(network, images, [1] * 12, tmp_path)
-    (path,) = tmp_path.glob("*/*.features")
-    content = path.read_bytes()
-    size = len(content) // 12
-    for length in (0, 1, size - 1, size, 5 * size + 7, 12 * size - 1):
-        for file in tmp_path.glob("*/*.features"):
-            file.unlink()
-        path.write_bytes(content[:length])
-        capsys.readouterr()
-        again, _ = extract(network, images, [1] * 12, tmp_path)
-        assert torch.equal(again, first) and computed(capsys) == 12 - length // size
-
-
-def test_an_image_is_decoded_once_for_all_its_views(network, images, monkeypatch):
-    true, decoded = common.load_image, []
-    monkeypatch.setattr(common, "load_image", lambda path: (decoded.append(path), true(path))[1])
-    extract(network, images, [5] * 12, None)
-    assert len(decoded) == len(images)
-
-
-def test_an_image_that_changes_between_its_hash_and_the_pass_is_never_stored(network, images, tmp_path, monkeypatch):
-    path = tmp_path / "x.jpeg"
-    path.write_bytes(images[0].path.read_bytes())
-    image = common.Image(path, 0, common.hash_file(path))
-    path.write_bytes(images[1].path.read_bytes())  # a copy that still runs, say
-    features, bad = extract(network, [image], [2], tmp_path / "cache")
-    assert bad == {0: "its content changed during this run"} and not list(tmp_path.glob("cache/*/*.features"))
-    path.write_bytes(images[0].path.read_bytes())
-    features, bad = extract(network, [image], [2], tmp_path / "cache")
-    assert not bad and torch.equal(features, extract(network, images[:1], [2], None)[0])
-
-
-def test_a_rank_that_is_not_torchrun_s_is_ignored(network, images, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    features, _ = extract(network, images, [1] * 12, None)
-    assert features.abs().sum((1, 2)).min() > 0
-
-
-def test_no_format_is_tried_that_pillow_hands_to_another_program(tmp_path, monkeypatch):
-    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
-    (tmp_path / "gs").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    (tmp_path / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 300 300\n%%EndComments\nshowpage\n")
-    assert common.read_or_explain(common.load_image, tmp_path / "x.png") == "no image, or of an unknown format"
-    assert not (tmp_path / "ran").exists()
-
-
-def test_a_killed_run_loses_at_most_the_batch_in_flight(network, images, tmp_path, capsys):
-    """SIGKILL when the third batch enters the network: two batches are in the store."""
-    code = (
-        "import os, signal, sys, common\n"
-        "from argparse import Namespace\n"
-        "from pathlib import Path\n"
-        "true, calls = common.fast_copy, []\n"
-        "def fast_copy(*args):\n"
-        "    fast = true(*args)\n"
-        "    def forward(batch):\n"
-        "        calls.append(1)\n"
-        "        if len(calls) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "        return fast(batch)\n"
-        "    return forward\n"
-        "common.fast_copy = fast_copy\n"
-        "network, _, width, _ = common.build_network('resnet18')\n"
-        "images = common.read_split(sys.argv[1], 'train')['train']\n"
-        "args = Namespace(cache_dir=Path(sys.argv[2]), no_cache=False, batch_size=4, workers=0)\n"
-        "device, dtype = common.pick_device('cpu')\n"
-        "common.extract_features(network, width, images, [2] * len(images), args, device, dtype)\n"
-    )
-    data = images[0].path.parents[2]
-    killed = subprocess.run([sys.executable, "-c", code, str(data), str(tmp_path)], cwd=ROOT, capture_output=True)
-    assert killed.returncode == -9, killed.stderr
-    extract(network, images, [2] * 12, tmp_path)
-    assert computed(capsys) == 24 - 8
-
-
-def test_several_processes_fill_one_store_at_the_same_time(network, images, tmp_path, capsys):
-    code = (
-        "import sys, common\n"
-        "from argparse import Namespace\n"
-        "from pathlib import Path\n"
-        "network, _, width, _ = common.build_network('resnet18')\n"
-        "images = common.read_split(sys.argv[1], 'train')['train']\n"
-        "args = Namespace(cache_dir=Path(sys.argv[2]), no_cache=False, batch_size=4, workers=0)\n"
-        "device, dtype = common.pick_device('cpu')\n"
-        "common.extract_features(network, width, images, [2] * len(images), args, device, dtype)\n"
-    )
-    data = images[0].path.parents[2]
-    racers = [subprocess.Popen([sys.executable, "-c", code, str(data), str(tmp_path)], cwd=ROOT) for _ in range(3)]
-    assert [racer.wait(120) for racer in racers] == [0, 0, 0]
-    stored, _ = extract(network, images, [2] * 12, tmp_path)
-    assert computed(capsys) == 0
-    assert torch.equal(stored, extract(network, images, [2] * 12, None)[0])
-
-
-def test_a_rank_that_starts_late_computes_its_own_share_and_no_more(network, images, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(common, "share_reasons", lambda store, reasons: reasons)
-    monkeypatch.setattr(common, "rank_and_world", lambda: (0, 2))
-    with pytest.raises(common.Failure, match="12 are missing"):
-        extract(network, images, [2] * 12, tmp_path)
-    monkeypatch.setattr(common, "rank_and_world", lambda: (1, 2))  # it finds in the store what the other has done
-    features, _ = extract(network, images, [2] * 12, tmp_path)
-    assert computed(capsys) == 24
-    monkeypatch.undo()
-    assert torch.equal(features, extract(network, images, [2] * 12, None)[0])
-
-
-def test_what_is_no_file_in_the_store_is_passed_over(network, images, tmp_path, capsys):
-    first, _ = extract(network, images, [1] * 12, tmp_path)
-    (folder,) = tmp_path.iterdir()
-    (folder / "a.features").mkdir()
-    (folder / "b.features").symlink_to("nowhere")
-    again, _ = extract(network, images, [1] * 12, tmp_path)
-    assert torch.equal(again, first) and capsys.readouterr().err.count("passed over") == 2
-
-
-def test_a_full_disk_is_told_before_the_pass(network, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(common.shutil, "disk_usage", lambda path: Namespace(free=1000))
-    with pytest.raises(common.Failure, match=r"bytes needed, 1,000 free.*--no-cache") as caught:
-        extract(network, images, [1] * 12, tmp_path)
-    assert caught.value.status == 4 and not list(tmp_path.iterdir())
-
-
-def test_batchnorm_is_folded_where_the_network_can_be_traced(network):
-    device = torch.device("cpu")
-    fast = common.fast_copy(network[0], device, torch.float32)
-    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in fast.modules())
-    assert any(isinstance(m, torch.nn.BatchNorm2d) for m in network[0].modules())
-    x = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        assert torch.allclose(fast(x), network[0](x), rtol=1e-3, atol=1e-3)
-
-    class Untraceable(torch.nn.Module):
-        def forward(self, x):
-            return x * 2 if x.sum() > 0 else x
-
-    untraced = common.fast_copy(Untraceable(), device, torch.float32)
-    assert torch.equal(untraced(torch.ones(2)), 2 * torch.ones(2))
-
-
-def nasty_network():
-    """Convolutions whose sums may not be written into either of them, one called twice, one not for oneDNN."""
-
-    class Nasty(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b, self.c, self.d = (torch.nn.Conv2d(3, 3, 3, padding=1) for _ in range(4))
-            self.same = torch.nn.Conv2d(3, 3, 3, padding="same", padding_mode="reflect")
-            self.act = torch.nn.ReLU(inplace=True)
-
-        def forward(self, x):
-            a = self.a(x)
-            b = self.act(self.b(a) + a)  # a is needed again
-            c = self.act(self.c(b))
-            b += self.act(self.c(c) + c)  # c is called twice
-            d = self.act(a + self.d(b))
-            e = self.act(self.same(d) + self.act(d) + self.b(d[:, :, ::2]).mean())
-            return self.act(e + self.d(e)) + self.act(x) + a
-
-    return Nasty()
-
-
-@pytest.mark.parametrize("arch", ["resnet50", "regnet_y_400mf", "densenet121", "mobilenet_v3_small", "nasty"])
-def test_fused_convolutions_compute_what_the_network_computes(arch):
-    torch.manual_seed(0)
-    network = nasty_network().eval() if arch == "nasty" else common.build_network(arch)[0]
-    for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):  # fresh ones do nothing
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-            torch.nn.init.normal_(module.bias, 0, 0.1)
-    fast = common.fast_copy(network, torch.device("cpu"), torch.float32)
+def test_batchnorm_is_folded_and_the_copy_computes_the_same(images):
+    network = common.build_backbone("resnet18").network
+    fast = common.fast_copy(network, torch.device("cpu"), torch.float32, compiled=False)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in fast.modules())
+    x = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        for size in (96, 96, 64):
-            x = torch.randn(2, 3, size, size).to(memory_format=torch.channels_last)
-            expected, given = network(x.clone()), x.clone(memory_format=torch.preserve_format)
-            assert torch.allclose(fast(given), expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
-            assert arch == "nasty" or torch.equal(given, x)
+        assert torch.allclose(fast(x), network(x), rtol=1e-3, atol=1e-3)
 
 
-def test_all_convolutions_of_a_resnet_are_fused_on_a_cpu_of_intel_or_amd(monkeypatch):
-    network, device = common.build_network("resnet18")[0], torch.device("cpu")
-    monkeypatch.setattr(common.platform, "machine", lambda: "x86_64")
-    nodes = common.fast_copy(network, device, torch.float32).graph.nodes
-    assert sum("relu" in node.kwargs for node in nodes) == 17 - 2  # two additions are of a pooling's output
-    assert sum(len(node.args) == 2 for node in nodes if node.op == "call_module") == 6
-    monkeypatch.setattr(common.platform, "machine", lambda: "arm64")
-    assert any(isinstance(m, torch.nn.ReLU) for m in common.fast_copy(network, device, torch.float32).modules())
+def test_the_cache_gives_back_what_was_computed_and_only_the_missing_is_computed(
+    backbone, images, tmp_path, capsys
+):
+    first, _ = extract(backbone, images[:8], 2, tmp_path)
+    assert computed(capsys) == 8
+    again, _ = extract(backbone, images, 2, tmp_path)
+    assert computed(capsys) == 4 and torch.equal(again[:8], first)
+    fewer, _ = extract(backbone, images, 1, tmp_path)
+    assert computed(capsys) == 0 and torch.equal(fewer, again[:, :1])
+    more, _ = extract(backbone, images, 3, tmp_path)
+    assert computed(capsys) == 12 and torch.equal(more[:, :2], again)
+    without, _ = extract(backbone, images, 3)
+    assert torch.equal(without, more)
 
 
-@pytest.mark.parametrize("fault", ["absent", "wrong"])
-def test_operators_that_are_absent_or_compute_something_else_are_not_used(fault, network, images, monkeypatch):
-    def fuse(fused):
-        if fault == "absent":
-            raise AttributeError("no such operator")
-        fused.get_submodule("layer4.1.conv2").bias += 1
-        return fused
-
-    expected, _ = extract(network, images, [1] * 12, None)
-    monkeypatch.setattr(common, "fuse_convolutions", fuse)
-    found, _ = extract(network, images, [1] * 12, None)
-    assert torch.allclose(found, expected, rtol=0, atol=0.02 * expected.abs().max())
+def test_a_moved_image_costs_nothing(backbone, images, tmp_path, capsys):
+    extract(backbone, images, 1, tmp_path / "cache")
+    computed(capsys)
+    moved = tmp_path / "elsewhere.jpeg"
+    moved.write_bytes(images[3].path.read_bytes())
+    extract(backbone, [common.Image(moved, 1, images[3].digest)], 1, tmp_path / "cache")
+    assert computed(capsys) == 0
 
 
-def test_an_output_that_is_not_finite_is_refused(images):
-    network = common.build_network("resnet18")
-    network[0].conv1.weight.data.fill_(float("inf"))
+def test_other_weights_precision_window_or_transforms_never_reuse_a_vector(
+    backbone, images, tmp_path, monkeypatch, capsys
+):
+    changed = common.build_backbone("tinynet")
+    changed.network.conv.weight.data[0, 0, 0, 0] += 0.001
+    settings = common.build_backbone("tinynet")
+    settings.network.bn.eps = 0.1
+    extract(backbone, images[:2], 1, tmp_path)
+    computed(capsys)
+    for other, flags in (
+        (changed, {}),
+        (settings, {}),
+        (backbone, {"dtype": torch.bfloat16}),
+        (backbone, {"window": 1.0}),
+    ):
+        extract(other, images[:2], 1, tmp_path, **flags)
+        assert computed(capsys) == 2
+    for name in ("PREPARE", "AUGMENT", "NORMALIZE"):
+        with monkeypatch.context() as patch:
+            patch.setattr(common, name, transforms.Compose([getattr(common, name)]))
+            extract(backbone, images[:2], 1, tmp_path)
+            assert computed(capsys) == 2
+    extract(backbone, images[:2], 1, tmp_path)
+    assert computed(capsys) == 0
+
+
+def test_a_damaged_file_of_the_cache_is_computed_again_and_said(
+    backbone, images, tmp_path, capsys, request
+):
+    first, _ = extract(backbone, images[:1], 2, tmp_path)
+    (path,) = tmp_path.glob("*/*.npz")
+    whole = path.read_bytes()
+    rng = np.random.default_rng(request.config.option.fuzz_seed)
+    for at in rng.choice(len(whole), 400 if request.config.option.fuzz else 40, replace=False):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        capsys.readouterr()
+        again, _ = extract(backbone, images[:1], 2, tmp_path)
+        assert torch.equal(again, first)
+    for content in (b"", whole[:100], b"no zip"):
+        path.write_bytes(content)
+        again, _ = extract(backbone, images[:1], 2, tmp_path)
+        assert torch.equal(again, first) and "computed again" in capsys.readouterr().err
+        assert path.read_bytes() == whole
+
+
+def test_an_image_that_changes_after_it_was_hashed_is_never_kept(backbone, images, tmp_path):
+    path = tmp_path / "a.jpeg"
+    path.write_bytes(images[0].path.read_bytes())
+    image = common.Image(path, 0, images[1].digest)
+    _, bad = extract(backbone, [image, images[2]], 1, tmp_path / "cache")
+    assert list(bad) == [0] and "changed" in bad[0]
+    assert [p.stem for p in (tmp_path / "cache").glob("*/*.npz")] == [images[2].digest]
+
+
+def test_a_rank_that_is_not_torchrun_s_is_ignored(backbone, images, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    features, _ = extract(backbone, images, 1)
+    assert (features.abs().sum((1, 2)) > 0).all()
+
+
+def test_an_output_that_is_not_finite_is_refused_with_3(images):
+    backbone = common.build_backbone("tinynet")
+    backbone.network.conv.weight.data.fill_(float("inf"))
     with pytest.raises(common.Failure, match="not finite") as caught:
-        extract(network, images, [1] * 12, None)
+        extract(backbone, images, 1)
     assert caught.value.status == 3
 
 
-# ---------------------------------------------------------------- lists and records
+def test_frozen_means_no_gradient_and_eval_mode_for_good(backbone):
+    modules = list(backbone.network.modules())
+    assert not any(module.training for module in modules)
+    assert not any(p.requires_grad for p in backbone.network.parameters())
+    again = common.build_backbone("tinynet").network.state_dict()
+    assert all(torch.equal(again[k], v) for k, v in backbone.network.state_dict().items())
 
 
-def test_a_whole_split_is_listed_by_class_and_name(xrays_source):
-    listed = common.list_split(xrays_source, "test")
-    assert len(listed) == 100 and [label for _, label in listed] == [0] * 50 + [1] * 50
-    assert [path for path, _ in listed] == sorted((path for path, _ in listed), key=lambda p: (p.parent.name, p.name))
+# ---------------------------------------------------------------- names, files
 
 
-def test_patients_of_the_reference_data(xrays_source):
-    counts = {}
-    for split in ("train", "test"):
-        for path, label in common.list_split(xrays_source, split):
-            counts.setdefault((split, label), set()).add(common.patient_of(path.name))
-    assert {key: len(found) for key, found in counts.items()} == {
-        ("train", 0): 148, ("train", 1): 148, ("test", 0): 50, ("test", 1): 43,
-    }  # fmt: skip
-    assert None not in set.union(*counts.values())
-    assert common.patient_of("person86_virus_1.jpeg") != common.patient_of("person86_bacteria_2.jpeg")
-    assert common.patient_of("person86_virus_1.jpeg", True) == common.patient_of("person86_bacteria_2.jpeg", True)
+def test_names_tell_the_patient():
+    assert common.patient_of("person86_virus_1.jpeg") == "person86_virus"
+    assert common.patient_of("person86_virus_1.jpeg", cautious=True) == "person86"
+    assert common.patient_of("person86_bacteria_2.jpeg", cautious=True) == "person86"
     assert common.patient_of("IM-0001-0002.jpeg") != common.patient_of("NORMAL2-IM-0001-0001.jpeg")
-    assert common.patient_of("person447_virus_921_1.jpeg") and common.patient_of("scan.png") is None
+    assert common.patient_of("NORMAL2-IM-0001-0001-0002.jpeg") == "NORMAL2-IM-0001"
+    assert common.patient_of("person447_virus_921_1.jpeg") == "person447_virus"
+    assert common.patient_of("scan.png") is None
 
 
-def test_importing_the_scripts_does_nothing_and_starts_fast():
-    code = (
-        "import sys, common, split_val, train, evaluate; assert not {'torch', 'matplotlib', 'PIL'} & set(sys.modules)"
-    )
-    start = time.perf_counter()
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
-    assert not out.stdout and not out.stderr and time.perf_counter() - start < 30
+def test_json_that_was_changed_or_comes_from_elsewhere_is_refused_by_name(tmp_path):
+    path = tmp_path / "a.json"
+    assert common.read_json(path) is None
+    common.write_json(path, {"threshold": 0.5, "images": {"a": "b"}})
+    assert common.read_json(path) == {"threshold": 0.5, "images": {"a": "b"}}
+    for text in (path.read_text().replace("0.5", "0.6"), '{"threshold": 0.5}', "[]", "", "\0"):
+        path.write_text(text)
+        with pytest.raises(common.Failure, match=r"a\.json"):
+            common.read_json(path)
+
+
+def test_a_written_file_takes_its_place_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with contextlib.suppress(KeyError), common.replacing(path, "w") as file:
+        file.write("half")
+        raise KeyError
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+    (tmp_path / "link.txt").symlink_to(path)
+    with common.replacing(tmp_path / "link.txt", "w") as file:
+        file.write("new")
+    assert path.read_text() == "new" and (tmp_path / "link.txt").is_symlink()
+
+
+def test_the_numbers_of_an_image_are_those_of_its_file(tmp_path):
+    pixels = np.tile(np.arange(100, dtype=np.uint8)[:, None], (1, 60))
+    Image.fromarray(pixels).convert("RGB").save(tmp_path / "a.jpeg", quality=83, subsampling=0)
+    numbers, picture, kind = common.image_numbers(tmp_path / "a.jpeg")
+    assert numbers["width"], numbers["height"] == (60, 100)
+    assert numbers["mode"] == 24 and kind == "JPEG" and numbers["JPEG quality"] == 83
+    assert numbers["file size"] == (tmp_path / "a.jpeg").stat().st_size
+    assert numbers["mean"] == pytest.approx(49.5, abs=0.2)
+    assert numbers["sharpness"] == pytest.approx(1, abs=0.1) and picture.mode == "L"
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "png")
+    (tmp_path / "a.png").write_bytes(buffer.getvalue())
+    numbers, _, kind = common.image_numbers(tmp_path / "a.png")
+    assert (numbers["mode"], numbers["JPEG quality"], kind) == (8, 0, "PNG")
+
+
+def test_importing_the_scripts_prints_and_writes_nothing(tmp_path):
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import split_val, train, evaluate"
+    command = [sys.executable, "-c", code, str(ROOT)]
+    out = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    assert not out.stdout and not out.stderr and not os.listdir(tmp_path)

@@ -1,0 +1,146 @@
+"""What needs the 400 real X-rays: CHESTXRAYS_ZIP names their zip file; skipped without it."""
+
+import csv
+import hashlib
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image, ImageOps
+from torch import nn
+from torchvision import transforms
+from torchvision.models import get_model
+
+import common
+import evaluate
+import split_val
+import train
+from common import CLASSES
+
+
+@pytest.fixture(scope="session")
+def results(reference, tmp_path_factory):
+    """The folder of a split, a trained ResNet-18 (random weights) and its report."""
+    folder = tmp_path_factory.mktemp("whole")
+    for source in reference.rglob("*.jpeg"):
+        target = folder / "data" / source.relative_to(reference)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(source.read_bytes())
+    data = ["--data-dir", str(folder / "data")]
+    run = ["--checkpoint", str(folder / "model.pth"), "--results-dir", str(folder / "results")]
+    run += ["--cache-dir", str(folder / "cache")]
+    assert split_val.main(data) == 0
+    network = ["--arch", "resnet18", "--weights", "random", "--views", "2"]
+    assert train.main([*data, *run, *network]) == 0
+    assert evaluate.main([*data, *run]) == 0
+    return folder
+
+
+def test_names_tell_the_patients_of_the_reference_data(reference):
+    counts = {}
+    for split in ("train", "test"):
+        for path, label in common.list_split(reference, split):
+            counts.setdefault((split, label), set()).add(common.patient_of(path.name))
+    found = {key: len(patients) for key, patients in counts.items()}
+    assert found == {("train", 0): 148, ("train", 1): 148, ("test", 0): 50, ("test", 1): 43}
+    assert None not in set.union(*counts.values())
+
+
+def test_seed_0_moves_the_same_hundred_images_on_every_machine(results):
+    moved = json.loads((results / "data" / "split_val.json").read_text())["moved"]
+    names = "\n".join(moved["NORMAL"] + moved["PNEUMONIA"])
+    digest = "dfcae76f976a970ce21a6d881e27127c2aa4d660a23e7d4917e6f2225d415804"
+    assert len(moved["NORMAL"]) == len(moved["PNEUMONIA"]) == 50
+    assert hashlib.sha256(names.encode()).hexdigest() == digest
+
+
+def test_plain_torch_gives_the_probabilities_of_predictions_csv(results):
+    network = get_model("resnet18")
+    network.fc = nn.Linear(512, 1)
+    network.load_state_dict(torch.load(results / "model.pth"))
+    network.eval()
+    to_pixels = transforms.Compose(
+        [transforms.ToTensor(), transforms.Normalize(common.MEAN, common.STD)]
+    )
+    with open(results / "results" / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 100
+    for row in rows:
+        with Image.open(results / "data" / row["file"]) as image:
+            image = ImageOps.autocontrast(image.convert("L"), cutoff=2).convert("RGB")
+        with torch.inference_mode():
+            prob = network(to_pixels(image)[None]).sigmoid().item()
+        assert prob == pytest.approx(float(row["probability"]), abs=1e-3)
+
+
+def test_the_report_knows_the_subgroups_and_the_numbers_that_do_as_well(results):
+    report = json.loads((results / "results" / "metrics.json").read_text())
+    assert (report["n"], report["patients"], report["names_without_patient"]) == (100, 93, 0)
+    sizes = {name: each["n"] for name, each in report["subgroups"].items()}
+    assert sizes == {"bacteria": 31, "virus": 19, "IM": 13, "NORMAL2-IM": 37}
+    assert report["shortcut"]["number"] == "file size"
+    assert report["shortcut"]["auroc"] == pytest.approx(0.914, abs=0.001)
+    assert report["metrics"]["auroc"]["value"] > 0.75
+    assert not report["warnings"]
+
+
+def test_a_test_image_in_train_is_told(reference, tmp_path, capsys):
+    for split, name in (("train", "NORMAL"), ("train", "PNEUMONIA"), ("test", "NORMAL")):
+        for source in sorted((reference / split / name).iterdir())[:6]:
+            target = tmp_path / "data" / split / name / source.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(source.read_bytes())
+    twin = next((tmp_path / "data" / "train" / "PNEUMONIA").iterdir())
+    target = tmp_path / "data" / "test" / "PNEUMONIA" / "twin.jpeg"
+    target.parent.mkdir()
+    target.write_bytes(twin.read_bytes())
+    assert split_val.main(["--check", "--data-dir", str(tmp_path / "data")]) == 2
+    assert f"train/PNEUMONIA/{twin.name}" in capsys.readouterr().out
+
+
+def test_every_seed_gives_exactly_what_is_asked_of_whole_patients(xrays):
+    train = [path for path, _ in common.list_split(xrays, "train")]
+    for seed in range(200):
+        moved = split_val.choose_patients(train, 50, seed)
+        assert [len(moved[name]) for name in CLASSES] == [50, 50]
+        val = {common.patient_key(p) for p in train if p.name in moved[p.parent.name]}
+        rest = {common.patient_key(p) for p in train if p.name not in moved[p.parent.name]}
+        assert not val & rest
+
+
+@pytest.mark.parametrize("layout", ["before", "after", "without test", "train alone"])
+def test_the_check_finds_what_is_known_of_the_reference_data(xrays, tmp_path, capsys, layout):
+    if layout in ("after", "without test"):
+        assert split_val.main(["--data-dir", str(xrays)]) == 0
+    if layout in ("without test", "train alone"):
+        shutil.rmtree(xrays / "test")
+    flags = ["--data-dir", str(xrays), "--check", "--json", str(tmp_path / "check.json")]
+    assert split_val.main(flags) == 0
+    page, report = capsys.readouterr().out, common.read_json(tmp_path / "check.json")
+    for key in ("errors", "unreadable", "same", "nearly_same", "no_patient"):
+        assert report[key] == []
+    assert report["patients_across"] == {}
+    pairs = report["same_patient_pairs"]
+    assert pairs["train"] + pairs.get("val", 0) == 4
+    assert sum(report["modes"]["RGB"].values()) == 14
+    assert f"14 RGB images, all in {' and '.join(report['modes']['RGB'])}" in page
+    rows = {row["number"]: row for row in report["shortcuts"]}
+    assert all(rows[name]["alarm"] for name in ("file size", "sharpness"))
+    shift = {(c, row["number"]) for row in report["shift"] for c in CLASSES if row[c]["alarm"]}
+    if layout in ("before", "after"):
+        assert report["scored_on"] == "test" and pairs["test"] == 7
+        alarms = {"file size", "sharpness", "deviation", "3-pixel border"}
+        assert {name for name, row in rows.items() if row["alarm"]} == alarms
+        assert rows["file size"]["rule"] == "<= 6002" and rows["file size"]["n"] == 100
+        assert rows["file size"]["accuracy"] == 0.79 and rows["sharpness"]["accuracy"] == 0.84
+        expected = {"file size": 0.914, "sharpness": 0.907, "deviation": 0.832, "mean": 0.539}
+        for name, auroc in expected.items():
+            assert rows[name]["auroc"] == pytest.approx(auroc, abs=0.001)
+        assert rows["3-pixel border"]["auroc"] == pytest.approx(0.80, abs=0.02)
+        numbers = ("32x32 pixels", "3-pixel border", "sharpness")
+        assert shift == {("NORMAL", number) for number in numbers}
+        assert "0 errors, 3 warnings" in page
+    if layout == "train alone":
+        assert report["patients"] == {"train/NORMAL": 148, "train/PNEUMONIA": 148}
+        assert report["shift"] == [] and "fitted on other patients" in page
