@@ -32,6 +32,8 @@ import torch.distributed as dist
 import torchmetrics.functional.classification as tm
 import torchvision
 from PIL import ImageMode, ImageOps
+from scipy.optimize import minimize
+from scipy.special import expit
 from scipy.stats import binomtest
 from torch import nn
 from torch.fx.experimental.optimization import fuse
@@ -281,13 +283,13 @@ def pick_device(name):
         native = torch.cpu.get_capabilities()
         if any(native.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
             dtype = torch.bfloat16
-    print(f"Device: {name} (training views in {str(dtype).removeprefix('torch.')})")
+    print(f"Device: {name}")
     return device, dtype
 
 
 class Backbone(NamedTuple):
     network: nn.Module  # images float32 (N, 3, SIZE, SIZE) to features float32 (N, width), frozen
-    head: str  # the name of the last Linear, which the network does without
+    head_name: str  # of the last Linear, which the network does without
     width: int
     weight: torch.Tensor | None  # of the last Linear in the checkpoint, None without one
     bias: torch.Tensor | None
@@ -406,11 +408,13 @@ class Cache:
         for name, tensor in backbone.network.state_dict().items():
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.contiguous().reshape(-1).numpy().data)
-        transforms = PREPARE, AUGMENT, NORMALIZE, window
-        code = map(inspect.getsource, (open_image, to_grey, stretch, load_image, make_view))
-        precision = torchvision.__version__, PIL.__version__, dtype, compiled
-        depends_on = backbone.network, *transforms, *code, *precision
+        depends_on = [backbone.network, PREPARE, AUGMENT, NORMALIZE, window, dtype, compiled]
+        depends_on += map(inspect.getsource, (open_image, to_grey, stretch, load_image, make_view))
+        depends_on += [torchvision.__version__, PIL.__version__]
         digest.update("\n".join(map(str, depends_on)).encode())
+        probe = PIL.Image.radial_gradient("L").resize((SIZE, SIZE))
+        for number in range(8):  # what AUGMENT does may not show in its name
+            digest.update(make_view(probe, number, "0" * 64).tobytes())
         self.folder = Path(cache_dir, digest.hexdigest()[:24])
 
     def path(self, image):
@@ -486,9 +490,9 @@ def run_network(backbone, views, rows, features, cache, device, dtype, args, com
         pin_memory=device.type == "cuda",
         **worker_settings(args.workers, len(rows), device),
     )
-    network = fast_copy(backbone.network, device, dtype, compiled)
     bar = tqdm(total=len(rows) * views.n_views, unit=" views", disable=None)
     try:
+        network = prepare_network(backbone.network, device, dtype, compiled)
         for indexes, pictures, reasons in loader:
             vectors = []
             for batch in pictures.flatten(0, 1).split(batch_size):
@@ -514,12 +518,13 @@ def run_network(backbone, views, rows, features, cache, device, dtype, args, com
     finally:
         bar.close()
     seconds, count = time.perf_counter() - start, len(rows) * views.n_views
-    speed = f"{count} views in {seconds:.1f} s, {count / seconds:.0f} a second"
+    precision = str(dtype).removeprefix("torch.")
+    speed = f"{count} views in {seconds:.1f} s, {count / seconds:.0f} a second ({precision})"
     print(f"Features: {len(rows)} images computed, {speed}", flush=True)
     return bad
 
 
-def fast_copy(network, device, dtype, compiled):
+def prepare_network(network, device, dtype, compiled):
     """A copy for the pass: in `dtype`, channels_last, BatchNorm folded into the convolutions."""
     with contextlib.suppress(Exception):  # what fx cannot trace keeps its BatchNorm
         network = fuse(network)
@@ -599,7 +604,7 @@ def score(probs, labels, threshold):
     threshold, not at it. brier: mean squared error of the probability; ece: expected calibration
     error, 15 bins of equal width (Guo et al. 2017).
     """
-    n_positive = int((probs > threshold).sum())  # called so
+    n_positive = int((probs > threshold).sum())
     n_negative = len(probs) - n_positive
     values = {
         "accuracy": tm.binary_accuracy(probs, labels, threshold),
@@ -624,6 +629,27 @@ def wilson(count, n):
         return {"value": None, "low": None, "high": None}
     interval = binomtest(count, n).proportion_ci(method="wilson")
     return {"value": count / n, "low": float(interval.low), "high": float(interval.high)}
+
+
+def fit_logistic(x, labels, offset, clusters):
+    """(coefficients (k,), their standard errors): logistic regression of labels (n,) on x (n, k).
+
+    offset: (n,), added to the logit. The errors are the sandwich's, images clustered by patient.
+    """
+
+    def loss(beta):
+        z = x @ beta + offset
+        return np.sum(np.logaddexp(0, z) - labels * z), x.T @ (expit(z) - labels)
+
+    beta = minimize(loss, np.zeros(x.shape[1]), jac=True, method="BFGS").x
+    p = expit(x @ beta + offset)
+    bread = np.linalg.pinv((x * (p * (1 - p))[:, None]).T @ x)
+    _, patient = np.unique(clusters, return_inverse=True)
+    gradients = np.zeros((patient.max() + 1, x.shape[1]))
+    np.add.at(gradients, patient, x * (labels - p)[:, None])
+    c = len(gradients)
+    variance = bread @ (gradients.T @ gradients) @ bread * c / max(c - 1, 1)
+    return beta, np.sqrt(np.diag(variance))
 
 
 # ---------------------------------------------------------------- one number instead of a network

@@ -11,6 +11,7 @@ images nor network, only an earlier predictions.csv, and prints.
 
 import argparse
 import contextlib
+import copy
 import csv
 import io
 import math
@@ -28,7 +29,6 @@ import PIL.Image
 import scipy.stats
 import torch
 import torchmetrics.functional.classification as tm
-from scipy.optimize import minimize
 from scipy.special import expit, logit
 from torch import nn
 
@@ -67,25 +67,25 @@ class Model(NamedTuple):
 def load_model(path, device_name):
     """The Model in a checkpoint of train.py, or in any state dict of a network with one output."""
     state, about = common.read_checkpoint(path), path.with_suffix(".json")
-    info, warnings = common.read_json(about), []
+    info, doubts = common.read_json(about), []
     if info is None:
         info, taken = {"arch": "resnet50"}, "taken for a resnet50, threshold 0.5, no window"
-        warnings.append(f"no {about} beside {path.name}: {taken}")
+        doubts.append(f"no {about} beside {path.name}: {taken}")
     elif info.get("sha256") != common.hash_file(path):
         info = {key: info[key] for key in ("arch", "window") if key in info}
         differs = "(its SHA-256 differs): only its arch and window are used"
-        warnings.append(f"{about} DOES NOT BELONG to this {path.name} {differs}")
+        doubts.append(f"{about} DOES NOT BELONG to this {path.name} {differs}")
     backbone = common.build_backbone(info.get("arch", "resnet50"), state, path)
     weight, bias = backbone.weight, backbone.bias
     if weight is None or bias is None or weight.shape != (1, backbone.width) or bias.shape != (1,):
         found = "none" if weight is None else f"{len(weight)} of {tuple(weight.shape[1:])}"
-        expected = f"expected one output neuron of {backbone.width} inputs in {backbone.head}"
+        expected = f"expected one output neuron of {backbone.width} inputs in {backbone.head_name}"
         raise Failure(f"{path}: {expected}, found {found}")
     head = nn.Linear(backbone.width, 1).requires_grad_(False)
     head.weight.copy_(weight)
     head.bias.copy_(bias)
     device, _ = common.pick_device(device_name)
-    return Model(backbone, device, head, info, warnings)
+    return Model(backbone, device, head, info, doubts)
 
 
 def describe_model(path, info):
@@ -133,7 +133,7 @@ class Table(NamedTuple):
 
 
 def predict(model, images, names, args):
-    """The Table of the images, computed in float32 on every device."""
+    """(the Table of the images, {row: reason} of unreadable ones), in float32 on every device."""
     window = model.info.get("window", 0)
     data = images, 1, window, model.device, torch.float32, args
     features, bad = common.extract_features(model.backbone, *data)
@@ -192,10 +192,10 @@ def read_predictions(path):
 
 
 def bootstrap(table, statistic, seed, method):
-    """scipy's bootstrap of statistic(rows) -> (k,), drawing patients with all their images.
+    """(scipy's bootstrap of statistic(rows) -> (k,), the number of patients of the smaller class).
 
-    As many patients of each class as there are. Images of one patient are alike: drawn one by one
-    they would give too narrow an interval.
+    Patients are drawn with all their images, as many of each class as there are. Images of one
+    patient are alike: drawn one by one they would give too narrow an interval.
     """
     patients = [{}, {}]
     for row, (label, patient) in enumerate(zip(table.labels, table.clusters(), strict=True)):
@@ -302,27 +302,6 @@ def measure_subgroups(table, threshold):
     return found
 
 
-def fit_logistic(x, labels, offset, clusters):
-    """(coefficients (k,), their standard errors): logistic regression of labels (n,) on x (n, k).
-
-    offset: (n,), added to the logit. The errors are the sandwich's, images clustered by patient.
-    """
-
-    def loss(beta):
-        z = x @ beta + offset
-        return np.sum(np.logaddexp(0, z) - labels * z), x.T @ (expit(z) - labels)
-
-    beta = minimize(loss, np.zeros(x.shape[1]), jac=True, method="BFGS").x
-    p = expit(x @ beta + offset)
-    bread = np.linalg.pinv((x * (p * (1 - p))[:, None]).T @ x)
-    _, patient = np.unique(clusters, return_inverse=True)
-    scores = np.zeros((patient.max() + 1, x.shape[1]))
-    np.add.at(scores, patient, x * (labels - p)[:, None])
-    c = len(scores)
-    variance = bread @ (scores.T @ scores) @ bread * c / max(c - 1, 1)
-    return beta, np.sqrt(np.diag(variance))
-
-
 def measure_calibration(table, model):
     """What metrics.json says about calibration; model: what it says about the model.
 
@@ -335,8 +314,8 @@ def measure_calibration(table, model):
     # a float32 of 1.0 may have been 1 - 2**-25
     logits = logit(np.clip(table.probs.astype(np.float64), 1e-12, 1 - 2.0**-25))
     ones = np.ones(len(labels))
-    shift, shift_error = fit_logistic(ones[:, None], labels, logits, clusters)
-    line, line_error = fit_logistic(np.column_stack([logits, ones]), labels, 0, clusters)
+    shift, shift_error = common.fit_logistic(ones[:, None], labels, logits, clusters)
+    line, line_error = common.fit_logistic(np.column_stack([logits, ones]), labels, 0, clusters)
     found = {"intercept": wald(shift[0], shift_error[0]), "slope": wald(line[0], line_error[0])}
     positive, negative = logits[labels == 1], logits[labels == 0]
     if positive.min() >= negative.max() or positive.max() <= negative.min():
@@ -410,19 +389,19 @@ def find_leaks(args, model, images):
     by_split = model.info.get("images", {}).values()
     learned = {digest for found in by_split for digest in found.values()}
     here = {common.hash_file(path) for path, _ in training_images(args.data_dir)[0]}
-    warnings = []
+    doubts = []
     if learned and here and (strange := learned - here):
         which = f"{len(strange)} of the {len(learned)} images that the model learned from"
         other = "it is an older model, or one of other data"
-        warnings.append(f"{which} are not in train/ and val/: {other}")
+        doubts.append(f"{which} are not in train/ and val/: {other}")
     if args.split != "test":
         made = f"the network was made with the {args.split} images"
-        return [*warnings, f"{made}: these numbers are NO TEST RESULT"]
+        return [*doubts, f"{made}: these numbers are NO TEST RESULT"]
     if leaked := [image.path.name for image in images if image.digest in learned | here]:
         which = f"{len(leaked)} of {len(images)} test images"
         among = f"WERE AMONG THE TRAINING OR VALIDATION IMAGES, as {leaked[0]}"
-        warnings.append(f"{which} {among}: these numbers are no test result")
-    return warnings
+        doubts.append(f"{which} {among}: these numbers are no test result")
+    return doubts
 
 
 def training_images(data_dir):
@@ -523,7 +502,8 @@ def class_maps(model, pixels):
     positions of weight . last feature map + bias (Zhou et al. 2016): that sum is the map, positive
     where it speaks for PNEUMONIA. The last feature map is told by its mean, which is the features.
     """
-    network, device, width = model.backbone.network, model.device, model.backbone.width
+    device, width = model.device, model.backbone.width
+    network = copy.deepcopy(model.backbone.network).to(device)
     outputs = []
 
     def keep(module, inputs, output):
@@ -532,7 +512,7 @@ def class_maps(model, pixels):
 
     hooks = [module.register_forward_hook(keep) for module in network.modules()]
     with torch.inference_mode():
-        features = network.to(device)(common.NORMALIZE(pixels.to(device)))
+        features = network(common.NORMALIZE(pixels.to(device)))
     for hook in hooks:
         hook.remove()
     # compared only now: a DenseNet's last ReLU changes the map in place
@@ -877,7 +857,9 @@ def named_images(paths):
 
 
 def report_beside(path):
-    """The metrics.json beside a predictions.csv, {} where there is none."""
+    """The metrics.json beside a predictions.csv, {} where there is none or the table is another."""
+    if path.name != "predictions.csv":
+        return {}
     return common.read_json(path.with_name("metrics.json")) or {}
 
 

@@ -254,7 +254,7 @@ class Xray(NamedTuple):
     pixels: str  # SHA-256 of the grey levels as decoded
     patient: str  # by the strict key, as the cautious one merges patients; else the file itself
     numbers: dict  # of common.image_numbers
-    kinds: tuple  # size, mode and format as the report names them
+    properties: tuple  # size, mode and format as the report names them
     thumbnail: np.ndarray  # uint8 (96, 96), grey
 
 
@@ -265,7 +265,7 @@ def look_at(path):
     try:
         numbers, grey, file_format = common.image_numbers(path)
         with PIL.Image.open(path, formats=common.FORMATS) as image:
-            kinds = f"{image.width}x{image.height}", image.mode, file_format
+            properties = f"{image.width}x{image.height}", image.mode, file_format
     except MemoryError:
         raise
     except Exception as error:  # damaged files make decoders raise nearly anything
@@ -279,7 +279,7 @@ def look_at(path):
         pixels=hashlib.sha256(f"{grey.size}".encode() + grey.tobytes()).hexdigest(),
         patient=patient_of(path.name) or file,
         numbers=numbers,
-        kinds=kinds,
+        properties=properties,
         thumbnail=np.asarray(grey.resize((96, 96), PIL.Image.Resampling.BOX)),
     )
 
@@ -317,7 +317,7 @@ def find_candidates(images, others):
     return np.concatenate(pairs)[best]
 
 
-def find_copies(thumbnails):
+def find_near_duplicates(thumbnails):
     """{(i, j): (correlation, change)}, i < j, of nearly the same images, whatever their exposure.
 
     thumbnails: uint8 (N, 96, 96); change: "", "mirrored", "negative" or "mirrored negative".
@@ -359,7 +359,7 @@ def report_duplicates(report, xrays):
             # inside a folder it only weighs double; elsewhere train.py would refuse it
             level = "warnings" if a.folder == b.folder else "errors"
             report[level].append(f"{a.file} is the same image as {b.file}")
-    copies = find_copies(np.stack([xray.thumbnail for xray in xrays]))
+    copies = find_near_duplicates(np.stack([xray.thumbnail for xray in xrays]))
     for (i, j), (alike, change) in sorted(copies.items()):
         a, b = xrays[i], xrays[j]
         if a.pixels == b.pixels:
@@ -509,12 +509,12 @@ def find_shift(numbers, pixels, scored, patients):
     return found
 
 
-def report_kinds(report, xrays):
+def report_properties(report, xrays):
     """Adds the sizes, modes and formats, {kind: {folder: images}} each; warns of one class's."""
     for i, key in enumerate(("sizes", "modes", "formats")):
         counts = {}
         for xray in xrays:
-            counts.setdefault(xray.kinds[i], Counter())[xray.folder] += 1
+            counts.setdefault(xray.properties[i], Counter())[xray.folder] += 1
         report[key] = dict(sorted(counts.items(), key=lambda row: -row[1].total()))
     for kind, folders in [*report["modes"].items(), *report["formats"].items()]:
         # that 8 images of a balanced set are all of one class happens by chance once in 128 times
@@ -580,7 +580,7 @@ def examine(data_dir):
     }
     report_duplicates(report, xrays)
     report_patients(report, xrays)
-    report_kinds(report, xrays)
+    report_properties(report, xrays)
     report_shortcuts(report, xrays)
     return report
 
@@ -593,9 +593,9 @@ def print_report(report):
         cells = [f"{images[folder]} ({patients[folder]})" for folder in folders]
         print(f"  {split:<15}" + "".join(f"{cell:>18}" for cell in cells))
     for key in ("sizes", "modes", "formats"):
-        kinds = [f"{kind} ({sum(folders.values())})" for kind, folders in report[key].items()]
-        more = f" and {len(kinds) - 4} more" if kinds[4:] else ""
-        print(f"{key:<17} {', '.join(kinds[:4])}{more}")
+        properties = [f"{kind} ({sum(folders.values())})" for kind, folders in report[key].items()]
+        more = f" and {len(properties) - 4} more" if properties[4:] else ""
+        print(f"{key:<17} {', '.join(properties[:4])}{more}")
     pairs = ", ".join(f"{n} in {split}" for split, n in report["same_patient_pairs"].items())
     print(f"pairs of images of one patient inside a split: {pairs}")
     fitted = "the other images" if report["shift"] else "other patients"

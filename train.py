@@ -23,11 +23,11 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import PIL
 import torch
 import torchvision
 from torch import nn
-from torch.nn import functional as F
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchvision.models import get_model_weights
 from tqdm import tqdm
@@ -85,15 +85,15 @@ def imagenet_file(arch):
 
 
 class Standardize(nn.Module):
-    """Features (N, width) to mean 0 and deviation 1, as the training views have them.
+    """Features (N, width) to mean 0 and deviation 1, of training features (N, n_views, width).
 
     The deviation has a floor, a tenth of the deviations' root mean square: a feature that hardly
     moves in training must not be blown up when it moves elsewhere.
     """
 
-    def __init__(self, views):
+    def __init__(self, features):
         super().__init__()
-        std, mean = torch.std_mean(views.flatten(0, 1), dim=0, correction=0)
+        std, mean = torch.std_mean(features.flatten(0, 1), dim=0, correction=0)
         floor = 0.1 * std.square().mean().sqrt().item()
         self.register_buffer("mean", mean)
         self.register_buffer("std", std.clamp(min=max(floor, 1e-12)))
@@ -112,16 +112,16 @@ def as_linear(model):
     return head
 
 
-def train_one_epoch(model, views, labels, criterion, optimizer, batch_size, generator):
+def train_one_epoch(model, features, labels, criterion, optimizer, batch_size, rng):
     """Every image once, in one of its views, drawn at random. Returns mean loss and accuracy.
 
-    views: float32 (N, n_views, width); labels: float32 (N,).
+    features: float32 (N, n_views, width); labels: float32 (N,).
     """
-    order = torch.randperm(len(labels), generator=generator)
-    drawn = torch.randint(views.shape[1], labels.shape, generator=generator)
+    order = torch.randperm(len(labels), generator=rng)
+    view = torch.randint(features.shape[1], labels.shape, generator=rng)
     total_loss = correct = 0
     for rows in order.split(batch_size):
-        logits = model(views[rows, drawn[rows]]).squeeze(1)
+        logits = model(features[rows, view[rows]]).squeeze(1)
         loss = criterion(logits, labels[rows])
         optimizer.zero_grad()
         loss.backward()
@@ -147,7 +147,7 @@ class Trained(NamedTuple):
     val_loss: float
     val_accuracy: float
     history: list  # rows of history.csv
-    interrupted: KeyboardInterrupt | None  # what cut the training short
+    interrupted: KeyboardInterrupt | None = None  # what cut the training short
 
 
 HISTORY = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr")
@@ -157,24 +157,30 @@ EPOCH_LINE = (
 )
 
 
-def train_head(train_views, train_labels, val_features, val_labels, args, seed, log=print):
+def balanced_criterion(labels):
+    """BCE in which both classes weigh the same, however many images each has in training."""
+    return nn.BCEWithLogitsLoss(pos_weight=(labels < 0.5).sum() / labels.sum())
+
+
+def train_head(train_features, train_labels, val_features, val_labels, args, seed, log=print):
     """Trains one output neuron on features; a loss that is not finite is a Failure (status 3).
 
-    train_views: float32 (N, n_views, width); val_features: float32 (M, width); labels: float32.
+    train_features: float32 (N, n_views, width); val_features: float32 (M, width); labels: float32.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = nn.Sequential(Standardize(train_views), nn.Linear(train_views.shape[2], 1))
-    generator = torch.Generator().manual_seed(seed)
+        model = nn.Sequential(Standardize(train_features), nn.Linear(train_features.shape[2], 1))
+    rng = torch.Generator().manual_seed(seed)
     criterion = balanced_criterion(train_labels)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    # the third epoch in a row without a better val loss halves the learning rate
     scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=2)
-    best_val_loss, best_epoch, history, interrupted = math.inf, 0, [], None
+    best_val_loss, best, history = math.inf, None, []
     try:
         for epoch in range(1, args.epochs + 1):
             lr = optimizer.param_groups[0]["lr"]
             train_loss, train_accuracy = train_one_epoch(
-                model, train_views, train_labels, criterion, optimizer, args.batch_size, generator
+                model, train_features, train_labels, criterion, optimizer, args.batch_size, rng
             )
             val_loss, val_accuracy = validate(model, val_features, val_labels, criterion)
             scheduler.step(val_loss)
@@ -184,35 +190,36 @@ def train_head(train_views, train_labels, val_features, val_labels, args, seed, 
                 raise Failure(f"epoch {epoch}: the loss is not finite; try a smaller --lr", 3)
             improved = val_loss < best_val_loss
             if improved:
-                best_val_loss, best_epoch, best_head = val_loss, epoch, as_linear(model)
-            elif args.patience and epoch - best_epoch >= args.patience:
+                best_val_loss = val_loss
+                best = Trained(as_linear(model), epoch, val_loss, val_accuracy, history)
+            elif args.patience and epoch - best.epoch >= args.patience:
                 log("Early stopping triggered")
                 break
     except KeyboardInterrupt as stop:
-        if not best_epoch:
+        if best is None:
+            raise
+        best = best._replace(interrupted=stop)
+    return best
+
+
+def train_seeds(train_features, train_labels, val_features, val_labels, args):
+    """(the mean of --seeds heads, the heads): a linear head again, steadier than any of them."""
+    data, heads, interrupted = (train_features, train_labels, val_features, val_labels), [], None
+    if args.seeds == 1:
+        heads = [train_head(*data, args, args.seed)]
+        return heads[0], heads
+    try:
+        for seed in range(args.seed, args.seed + args.seeds):
+            trained = train_head(*data, args, seed, log=quiet)
+            if trained.interrupted:
+                raise trained.interrupted
+            heads.append(trained)
+            scores = f"Val Loss: {trained.val_loss:.4f}, Val Acc: {trained.val_accuracy:.4f}"
+            print(f"Seed {seed}: epoch {trained.epoch}, {scores}")
+    except KeyboardInterrupt as stop:
+        if not heads:
             raise
         interrupted = stop
-    best_accuracy = history[best_epoch - 1][4]
-    return Trained(best_head, best_epoch, best_val_loss, best_accuracy, history, interrupted)
-
-
-def balanced_criterion(labels):
-    """BCE in which both classes weigh the same, however many images each has in training."""
-    return nn.BCEWithLogitsLoss(pos_weight=(labels < 0.5).sum() / labels.sum())
-
-
-def train_seeds(train_views, train_labels, val_features, val_labels, args):
-    """(the mean of --seeds heads, the heads): a linear head again, steadier than any of them."""
-    data, heads = (train_views, train_labels, val_features, val_labels), []
-    for seed in range(args.seed, args.seed + args.seeds):
-        heads.append(train_head(*data, args, seed, log=print if args.seeds == 1 else quiet))
-        if args.seeds > 1:
-            _, epoch, loss, accuracy, *_ = heads[-1]
-            print(f"Seed {seed}: epoch {epoch}, Val Loss: {loss:.4f}, Val Acc: {accuracy:.4f}")
-        if heads[-1].interrupted:
-            break
-    if args.seeds == 1:
-        return heads[0], heads
     for name in ("val_loss", "val_accuracy"):
         values = summary([getattr(each, name) for each in heads])
         print(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in values.items()))
@@ -223,7 +230,7 @@ def train_seeds(train_views, train_labels, val_features, val_labels, args):
         head.bias.copy_(torch.stack([each.head.bias for each in heads]).mean(0))
     loss, accuracy = validate(head, val_features, val_labels, balanced_criterion(train_labels))
     mean = heads[0]._replace(head=head, val_loss=loss, val_accuracy=accuracy)
-    return mean._replace(interrupted=heads[-1].interrupted), heads
+    return mean._replace(interrupted=interrupted), heads
 
 
 def quiet(line):
@@ -232,7 +239,7 @@ def quiet(line):
 
 @contextlib.contextmanager
 def one_thread():
-    """One thread for torch: a sum then has one order, and a head the same bits on any machine."""
+    """One thread for torch: a sum then has one order, however many cores there are."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -251,21 +258,10 @@ def calibrate(logits, labels):
     targets (n+ + 1)/(n+ + 2) and 1/(n- + 2), which keep it finite where the logits separate the
     classes. An intercept is needed because pos_weight trains for equal shares of the classes.
     """
-    positive = labels > 0.5
-    n_positive, n_negative = positive.sum().item(), (~positive).sum().item()
-    targets = torch.where(positive, (n_positive + 1) / (n_positive + 2), 1 / (n_negative + 2))
-    logits, targets = logits.double(), targets.double()
-    line = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([line], max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = F.binary_cross_entropy_with_logits(line[0] * logits + line[1], targets)
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    slope, intercept = line.tolist()
+    n_positive, n = labels.sum().item(), len(labels)
+    targets = np.where(labels > 0.5, (n_positive + 1) / (n_positive + 2), 1 / (n - n_positive + 2))
+    x = np.column_stack([logits, np.ones(n)]).astype(np.float64)
+    slope, intercept = map(float, common.fit_logistic(x, targets, 0, range(n))[0])
     if slope <= 0:
         warn("not calibrated: PNEUMONIA images of val/ do not score higher than NORMAL ones")
         return 1.0, 0.0
@@ -281,9 +277,11 @@ def fit_threshold(rule, probs, labels):
     """
     if isinstance(rule, float):
         return rule
-    scores = probs.unique().double()
-    cuts = torch.cat([scores[:1] / 2, (scores[1:] + scores[:-1]) / 2])
-    above = probs.double()[None] > cuts[:, None]
+    scores = probs.unique()
+    middles = (scores[1:] + scores[:-1]) / 2
+    middles = torch.where(middles < scores[1:], middles, scores[:-1])  # of neighbours in float32
+    cuts = torch.cat([scores[:1] / 2, middles])
+    above = probs[None] > cuts[:, None]
     sensitivity = above[:, labels > 0.5].double().mean(1)
     if rule == "youden":
         false_alarms = above[:, labels < 0.5].double().mean(1)
@@ -314,10 +312,11 @@ def prepare(args, *outputs):
     return device, dtype, found, backbone
 
 
-def load_features(backbone, images, n_views, device, dtype, args, compiled=False):
+def load_features(backbone, images, n_views, args, device, dtype, compiled=False):
     """(features float32 (N, n_views, width), the N images that could be read, those left out)."""
-    data = images, n_views, args.window, device, dtype, args, compiled
-    features, bad = common.extract_features(backbone, *data)
+    features, bad = common.extract_features(
+        backbone, images, n_views, args.window, device, dtype, args, compiled
+    )
     kept = common.without_bad(images, bad, args.skip_bad)
     images, skipped = [images[row] for row in kept], [images[row] for row in sorted(bad)]
     for label, name in enumerate(CLASSES):
@@ -333,8 +332,8 @@ def labels_of(images):
 def save_checkpoint(path, backbone, head, about):
     """model.pth, a plain float32 state dict of the whole network, and model.json about it."""
     state = backbone.network.state_dict()
-    state[f"{backbone.head}.weight"] = head.weight.detach().clone()
-    state[f"{backbone.head}.bias"] = head.bias.detach().clone()
+    state[f"{backbone.head_name}.weight"] = head.weight.detach().clone()
+    state[f"{backbone.head_name}.bias"] = head.bias.detach().clone()
     buffer = io.BytesIO()  # torch's own error on a full disk does not name it
     torch.save(state, buffer)
     with replacing(path) as file:
@@ -462,7 +461,9 @@ def held_out_probs(views, features, labels, train, val, held_out, args, seed):
     if trained.interrupted:
         raise trained.interrupted
     with torch.no_grad():
-        return trained.head(features[held_out]).sigmoid().squeeze(1), trained.epoch
+        logits = trained.head(features).squeeze(1)
+    slope, intercept = (1, 0) if args.no_calibrate else calibrate(logits[val], labels[val])
+    return (slope * logits[held_out] + intercept).sigmoid(), trained.epoch
 
 
 def cross_validate(args):
@@ -474,9 +475,12 @@ def cross_validate(args):
     path = args.results_dir / "cv.json"
     device, dtype, found, backbone = prepare(args, path)
     both = found["train"] + found["val"]
-    data = device, dtype, args, args.compile
-    views, images, _ = load_features(backbone, both, args.views, *data)
-    features, _, _ = load_features(backbone, images, 1, device, torch.float32, args)
+    views, images, _ = load_features(
+        backbone, both, args.views, args, device=device, dtype=dtype, compiled=args.compile
+    )
+    features, _, _ = load_features(  # what is scored is float32
+        backbone, images, 1, args, device=device, dtype=torch.float32
+    )
     common.end_other_ranks()
     features, labels = features[:, 0], labels_of(images)
     data, n_train = (views, features, labels), sum(i.path.parts[-3] == "train" for i in images)
@@ -492,13 +496,15 @@ def cross_validate(args):
                     [rows for rows in folds if rows is not val and rows is not held_out]
                 )
                 probs[held_out], epoch = held_out_probs(*data, train, val, held_out, args, seed)
-                by_fold.append(common.score(probs[held_out], labels[held_out].long(), 0.5))
+                by_fold.append(
+                    common.score(probs[held_out], labels[held_out].long(), args.threshold)
+                )
                 epochs.append(epoch)
                 bar.update()
-            by_repeat.append(common.score(probs, labels.long(), 0.5))
+            by_repeat.append(common.score(probs, labels.long(), args.threshold))
         train, val = torch.arange(len(labels)).split([n_train, len(labels) - n_train])
         probs, epoch = held_out_probs(*data, train, val, val, args, args.seed)
-    single = common.score(probs, labels[val].long(), 0.5)
+    single = common.score(probs, labels[val].long(), args.threshold)
 
     metrics = {
         name: wilson_of(name, [scores[name] for scores in by_repeat], labels)
@@ -581,6 +587,8 @@ def parse_args(argv=None):
     about = args.checkpoint.with_suffix(".json").name
     if args.folds in (1, 2):
         parser.error(f"--folds {args.folds}: expected 3 or more, to train, stop early and test")
+    if args.folds and not isinstance(args.threshold, float):
+        parser.error(f"--threshold {args.threshold}: cross-validation scores at a fixed threshold")
     if (args.seeds if args.folds else args.repeats) > 1:
         parser.error("--repeats needs --folds, and --seeds goes without them")
     if args.checkpoint.suffix not in (".pth", ".pt") or about == common.SPLIT_FILE:
@@ -593,10 +601,18 @@ def parse_args(argv=None):
 def train(args):
     about, report = args.checkpoint.with_suffix(".json"), args.results_dir / "metrics.json"
     device, dtype, found, backbone = prepare(args, args.checkpoint, about, report)
-    data = device, dtype, args, args.compile
-    views, train_images, skipped = load_features(backbone, found["train"], args.views, *data)
-    data = device, torch.float32, args  # what is scored is float32
-    features, val_images, val_skipped = load_features(backbone, found["val"], 1, *data)
+    views, train_images, skipped = load_features(
+        backbone,
+        found["train"],
+        args.views,
+        args,
+        device=device,
+        dtype=dtype,
+        compiled=args.compile,
+    )
+    features, val_images, val_skipped = load_features(  # what is scored is float32
+        backbone, found["val"], 1, args, device=device, dtype=torch.float32
+    )
     common.end_other_ranks()
     features, labels = features[:, 0], labels_of(val_images)
 

@@ -156,7 +156,7 @@ def bench_pass(folder):
     backbone = common.build_backbone("resnet50")
     args = argparse.Namespace(no_cache=True, cache_dir=None, batch_size=32, workers=-1)
     size = 16 if device.type == "cpu" else args.batch_size
-    network = common.fast_copy(backbone.network, device, dtype, compiled=False)
+    network = common.prepare_network(backbone.network, device, dtype, compiled=False)
     batch = torch.randn(size, 3, 224, 224).to(device, dtype, memory_format=torch.channels_last)
     data = images, 2, WINDOW, device, dtype, args
     forward(network, batch, 8)
@@ -190,7 +190,7 @@ def bench_compiled(folder):
 
     def by_us(n_batches=n_batches):
         torch._dynamo.reset()
-        fast = common.fast_copy(network, device, dtype, compiled=True)
+        fast = common.prepare_network(network, device, dtype, compiled=True)
         forward(fast, batch.to(dtype, memory_format=torch.channels_last), n_batches)
 
     first = seconds(lambda: by_us(1))  # fills inductor's cache on disk

@@ -1,9 +1,10 @@
-"""Draws phantom chest radiographs: a data set with the layout of the real one, for the demo and the tests.
+"""Draws phantom chest radiographs, in the layout of the real data, for the demo and the tests.
 
     python tests/phantoms.py demo/chestxrays
 
-A phantom has a trunk, two lungs, ribs, a spine and a heart of random shape, noise and exposure; PNEUMONIA adds blurred
-opacities inside the lungs. It is no radiograph, and a result on phantoms says nothing about one on patients.
+A phantom has a trunk, two lungs, ribs, a spine and a heart of random shape, noise and exposure;
+PNEUMONIA adds blurred opacities inside the lungs. It is no radiograph, and a result on phantoms
+says nothing about one on patients.
 """
 
 import argparse
@@ -65,7 +66,7 @@ def draw_phantom(rng, pneumonia, size=224):
 
 
 def draw_folder(folder, train=50, test=25, size=224, seed=0):
-    """Makes folder/{train,test}/{NORMAL,PNEUMONIA} with so many phantoms a class; it appears whole or not at all."""
+    """Makes folder/{train,test}/{NORMAL,PNEUMONIA}, so many phantoms a class, whole or not."""
     whole, folder = Path(folder), Path(f"{folder}.{os.getpid()}.tmp")
     for split, count in (("train", train), ("test", test)):
         for label, name in enumerate(("NORMAL", "PNEUMONIA")):

@@ -243,7 +243,7 @@ def test_training_views_in_bfloat16_are_close_to_float32(images):
 
 def test_batchnorm_is_folded_and_the_copy_computes_the_same(images):
     network = common.build_backbone("resnet18").network
-    fast = common.fast_copy(network, torch.device("cpu"), torch.float32, compiled=False)
+    fast = common.prepare_network(network, torch.device("cpu"), torch.float32, compiled=False)
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in fast.modules())
     x = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

@@ -603,7 +603,8 @@ def test_a_signal_ends_a_script_in_one_line_and_keeps_what_was_there(
             about = common.read_json(home / "model.json")
             assert about["sha256"] == common.hash_file(home / "model.pth")
             history = (home / "results" / "history.csv").read_text().splitlines()[1:]
-            assert about["val_loss"] == min(float(line.split(",")[3]) for line in history)
+            losses = [float(line.split(",")[3]) for line in history]
+            assert about["val_loss"] in (min(losses), min(losses[:-1]))  # the last was cut short
 
 
 def test_a_decoding_process_that_dies_is_one_line(refused, home):

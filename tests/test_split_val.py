@@ -767,14 +767,16 @@ def test_a_copy_is_found_however_it_was_changed_and_a_different_image_never_is()
             for i in range(3):
                 expected[i, len(images) + len(copies)] = kind
                 copies.append(function(images[i]))
-    found = split_val.find_copies(np.stack([thumbnail(image) for image in images + copies]))
+    found = split_val.find_near_duplicates(
+        np.stack([thumbnail(image) for image in images + copies])
+    )
     original = {pair: kind for pair, (_, kind) in found.items() if pair[0] < len(images)}
     assert original == expected
     assert all(split_val.COPY_LIMIT < alike <= 1 for alike, _ in found.values())
 
 
 def test_constant_images_are_not_taken_for_copies():
-    assert split_val.find_copies(np.full((3, 96, 96), 7, np.uint8)) == {}
+    assert split_val.find_near_duplicates(np.full((3, 96, 96), 7, np.uint8)) == {}
 
 
 def test_a_cut_is_as_accurate_as_any_that_splits_the_values():
