@@ -347,7 +347,7 @@ def read_checkpoint(path):
             if value.numel() * value.element_size() > size:
                 raise Failure(f"{path}: {key} is larger than the file")
             negative = key.endswith("running_var") and value.min() < 0
-            if negative or not value.float().isfinite().all():
+            if negative or value.is_complex() or not value.float().isfinite().all():
                 raise Failure(
                     f"{path}: {key} has impossible values (not finite, or a negative variance)"
                 )
@@ -702,6 +702,8 @@ class Terminated(KeyboardInterrupt):
 
 
 def terminate(*_):
+    if hasattr(signal, "SIGCHLD"):  # torch's handler would raise where workers end by SIGTERM, too
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     raise Terminated
 
 

@@ -420,7 +420,7 @@ def is_alarming(auroc, labels, patients):
 
 
 def make_folds(labels, patients):
-    """[(rows to fit, rows held out)], each patient on one side; none where there are too few."""
+    """[(training rows, rows held out)], each patient on one side; none where there are too few."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     k = min(5, *(len(set(patients[labels == label])) for label in (0, 1)))
@@ -428,7 +428,7 @@ def make_folds(labels, patients):
         return []
     folds = StratifiedGroupKFold(k, shuffle=True, random_state=0).split(labels, labels, patients)
     # patients with both labels can leave one of them to no side: nothing is learned there
-    return [(fit, held) for fit, held in folds if len(set(labels[fit])) == 2]
+    return [(train, held) for train, held in folds if len(set(labels[train])) == 2]
 
 
 def fit_cut(values, labels):
@@ -447,8 +447,8 @@ def fit_cut(values, labels):
 def score_number(values, labels, folds):
     """float (N,): above 0 where the cut fitted on the other side of the fold says label 1."""
     scores = np.zeros(len(values))
-    for fit, held in folds:
-        sign, cut = fit_cut(values[fit], labels[fit])
+    for train, held in folds:
+        sign, cut = fit_cut(values[train], labels[train])
         scores[held] = sign * (values[held] - cut)
     return scores
 
@@ -462,8 +462,8 @@ def score_pixels(pixels, labels, folds):
     # C from 0.001 to 0.1 changes no AUROC on the reference data by more than 0.05
     regression = LogisticRegression(C=0.01, class_weight="balanced", solver="liblinear")
     model, scores = make_pipeline(StandardScaler(), regression), np.zeros(len(pixels))
-    for fit, held in folds:
-        model.fit(pixels[fit], labels[fit])
+    for train, held in folds:
+        model.fit(pixels[train], labels[train])
         scores[held] = model.decision_function(pixels[held])
     return scores
 
@@ -481,7 +481,7 @@ def find_shortcuts(numbers, pixels, labels, patients, scored):
     folds = make_folds(labels, patients) if scored.all() else [(others, scored)]
     found, rows = [], []
     for name, values in numbers.items():
-        if folds and all(np.ptp(values[fit]) > 0 for fit, _ in folds):  # else it never splits
+        if folds and all(np.ptp(values[train]) > 0 for train, _ in folds):  # else it never splits
             sign, cut = fit_cut(values[others], labels[others])
             rule = f"{'>' if sign > 0 else '<='} {cut:.4g}"
             found.append((name, rule, score_number(values, labels, folds)))

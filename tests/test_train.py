@@ -508,7 +508,7 @@ def test_run_keeps_the_files_of_two_experiments_apart():
 def command(data, tmp_path, cache, *flags):
     paths = ("--data-dir", data, "--checkpoint", tmp_path / "model.pth")
     fixed = ("--results-dir", tmp_path / "results", "--cache-dir", cache, "--weights", "random")
-    words = ("train.py", *paths, *fixed, "--arch", "resnet18", *flags)
+    words = ("train.py", *paths, *fixed, "--arch", "mobilenet_v3_small", *flags)
     return [str(word) for word in words]
 
 
@@ -516,7 +516,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def test_two_processes_of_torchrun_give_the_model_of_one(split_phantoms, tmp_path):
-    flags = ("--views", "3", "--epochs", "3")
+    flags = ("--views", "2", "--epochs", "3")
     two = TORCHRUN + command(split_phantoms, tmp_path, tmp_path / "a", *flags)
     two = subprocess.run(two, cwd=ROOT, capture_output=True, text=True)
     assert two.returncode == 0, two.stderr
