@@ -9,7 +9,7 @@ $(if $(filter-out $(VARIABLES) -%,$(given)),$(error unknown variable $(filter-ou
 
 # RUN=name keeps a run apart; a flag is passed only if its variable was given: the defaults live in the scripts
 MODEL := $(if $(RUN),runs/$(RUN)/model.pth)
-RESULTS := $(if $(RUN),runs/$(RUN)/results)
+RESULTS := $(if $(findstring --from,$(ARGS)),,$(if $(RUN),runs/$(RUN)/results))
 flag = $(if $($2),--$1 "$($2)")
 data_flags = $(call flag,data-dir,DATA) $(call flag,seed,SEED)
 split_flags = $(data_flags) $(call flag,per-class,PER_CLASS)

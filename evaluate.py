@@ -75,7 +75,10 @@ def load_model(path, device_name):
         info = {key: info[key] for key in ("arch", "window") if key in info}
         differs = "(its SHA-256 differs): only its arch and window are used"
         doubts.append(f"{about} DOES NOT BELONG to this {path.name} {differs}")
-    backbone = common.build_backbone(info.get("arch", "resnet50"), state, path)
+    try:
+        backbone = common.build_backbone(info["arch"], state, path)
+    except Failure as error:
+        raise Failure("; ".join([str(error), *doubts])) from None
     weight, bias = backbone.weight, backbone.bias
     if weight is None or bias is None or weight.shape != (1, backbone.width) or bias.shape != (1,):
         found = "none" if weight is None else f"{len(weight)} of {tuple(weight.shape[1:])}"
@@ -742,7 +745,7 @@ def print_checks(report):
     if numbers and "none" in numbers:
         print(f"One number instead of the network: none to compare with ({numbers['none']})")
     elif numbers:
-        chosen = f"chosen on {numbers['fitted_on']} training images"
+        chosen = f"chosen on {numbers['fitted_on']} images of train/ and val/"
         print(f"One number instead of the network, {chosen}:")
         for name in (numbers["number"], "all numbers"):
             each = numbers["numbers"][name]
@@ -872,9 +875,14 @@ def score_again(args):
     report |= {key: before[key] for key in report if key in before}
     report |= choose_threshold(args, before, args.source.with_name("metrics.json"))
     report = summarise(report, table, args)
-    auroc = before.get("metrics", {}).get("auroc", {}).get("value", math.nan)
-    if not abs(auroc - report["metrics"]["auroc"]["value"]) < 1e-6:
-        report["shortcut"] = None  # it was held against other probabilities
+    there = before.get("metrics", {}).get("auroc", {}).get("value", math.nan)
+    here = report["metrics"]["auroc"]["value"]
+    if (
+        abs(there - here) > 1e-6
+    ):  # what is known of the numbers was held against other probabilities
+        differs = f"AUROC {here:.3f}, there {there:.3f}"
+        about = f"{args.source} is not the table that metrics.json beside it describes ({differs})"
+        report |= {"shortcut": None, "warnings": [*report["warnings"], about]}
     if args.results_dir:
         write_report(args.results_dir, report, table)
     print_report(report)

@@ -20,6 +20,7 @@ import socket
 import statistics
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -447,7 +448,9 @@ def split_folds(images, labels, n_folds, seed):
 
     patients = [common.patient_key(image.path) for image in images]
     splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
-    with contextlib.suppress(ValueError):  # a class with fewer images than folds
+    # a class with fewer images than folds is warned of, or refused
+    with contextlib.suppress(ValueError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         folds = [torch.from_numpy(rows) for _, rows in splitter.split(labels, labels, patients)]
         if all(0 < labels[rows].sum() < len(rows) for rows in folds):
             return folds

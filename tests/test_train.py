@@ -477,7 +477,7 @@ def test_the_report_of_an_earlier_model_is_pointed_out(run, tmp_path, capsys):
 
 
 def make(*words):
-    alone = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    alone = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     command = ["make", "-n", *words]
     return subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True)
 
@@ -498,6 +498,8 @@ def test_run_keeps_the_files_of_two_experiments_apart():
     for line in make("all", "RUN=wide").stdout.splitlines()[-2:]:
         assert '--checkpoint "runs/wide/model.pth"' in line
         assert '--results-dir "runs/wide/results"' in line
+    again = make("evaluate", "RUN=wide", "ARGS=--from runs/wide/results/predictions.csv").stdout
+    assert "--results-dir" not in again  # which only prints
     line = make("train", "RUN=wide", "MODEL=x.pth").stdout.splitlines()[-1]
     assert '--checkpoint "x.pth"' in line and '--results-dir "runs/wide/results"' in line
 
