@@ -153,6 +153,7 @@ def start(log, script, argv, prepare=None, *args):
 
 def work(log, script, argv, prepare, *args):
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     multiprocessing.set_start_method("fork", force=True)  # of its own decoding processes
     file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(file, 1)
