@@ -440,7 +440,8 @@ def numbers_instead(args, images, table):
     fitted = np.column_stack([fitted, model.decision_function(fitted)]).T
     tested = np.column_stack([tested, model.decision_function(tested)]).T
 
-    signs = np.where(aurocs(fitted, np.array(fit_labels)) >= 0.5, 1, -1)
+    fit_auroc = aurocs(fitted, np.array(fit_labels))
+    signs = np.where(fit_auroc >= 0.5, 1, -1)
     scores = np.vstack([table.probs, signs[:, None] * tested])
 
     def differences(rows):
@@ -458,7 +459,6 @@ def numbers_instead(args, images, table):
         }
         for name, sign, auroc, gain in columns
     }
-    fit_auroc = aurocs(fitted, np.array(fit_labels))
     best = names[int(np.argmax(np.abs(fit_auroc[:-1] - 0.5)))]
     about = {"number": best, "fitted_on": fitted.shape[1], "numbers": numbers}
     return about | numbers[best]
@@ -860,7 +860,7 @@ def named_images(paths):
 
 
 def report_beside(path):
-    """The metrics.json beside a predictions.csv, {} where there is none or the table is another."""
+    """The metrics.json beside a predictions.csv, {} where there is none or the name is another."""
     if path.name != "predictions.csv":
         return {}
     return common.read_json(path.with_name("metrics.json")) or {}
