@@ -1,7 +1,7 @@
 # Nothing needs activating: every target makes the environment it needs. GNU Make 3.81 is enough.
 PYTHON ?= python3
 PY := .venv/bin/python
-VARIABLES := DATA RUN MODEL RESULTS PER_CLASS EPOCHS BATCH_SIZE LR PATIENCE VIEWS WINDOW SEED DEVICE ARCH WEIGHTS WORKERS GPUS IMAGES ARGS PYTHON
+VARIABLES := DATA RUN MODEL RESULTS PER_CLASS LINK_FROM EPOCHS BATCH_SIZE LR PATIENCE VIEWS WINDOW SEED DEVICE ARCH WEIGHTS WORKERS GPUS IMAGES ARGS PYTHON
 
 # a typo in a variable's name must not be ignored
 given := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$v))
@@ -12,48 +12,47 @@ MODEL := $(if $(RUN),runs/$(RUN)/model.pth)
 RESULTS := $(if $(findstring --from,$(ARGS)),,$(if $(RUN),runs/$(RUN)/results))
 flag = $(if $($2),--$1 "$($2)")
 data_flags = $(call flag,data-dir,DATA) $(call flag,seed,SEED)
-split_flags = $(data_flags) $(call flag,per-class,PER_CLASS)
+split_flags = $(data_flags) $(call flag,per-class,PER_CLASS) $(call flag,link-from,LINK_FROM)
 run_flags = $(data_flags) $(call flag,checkpoint,MODEL) $(call flag,results-dir,RESULTS) \
 	$(call flag,device,DEVICE) $(call flag,batch-size,BATCH_SIZE) $(call flag,workers,WORKERS)
 train_flags = $(run_flags) $(call flag,epochs,EPOCHS) $(call flag,lr,LR) $(call flag,patience,PATIENCE) \
 	$(call flag,views,VIEWS) $(call flag,window,WINDOW) $(call flag,arch,ARCH) $(call flag,weights,WEIGHTS)
 launch = $(if $(GPUS),$(PY) -m torch.distributed.run --standalone --nproc-per-node $(GPUS),$(PY))
 
-.PHONY: help install split check train cv evaluate predict all demo test fuzz bench lint clean
-
+.PHONY: FORCE help install split check train cv evaluate predict all demo test fuzz bench lint clean
 help:  ## this page
 	@echo "make TARGET [VARIABLE=value ...]"
 	@sed -n 's/^\([a-z]*\):.*## *\(.*\)/  \1 \2/p' Makefile | awk '{ t = $$1; sub(/^ *[a-z]+ /, ""); printf "  %-10s %s\n", t, $$0 }'
 	@sed -n 's/^#= //p' Makefile
 #= Variables (a script's own default holds where one is not given):
 #=   DATA RUN MODEL RESULTS         folder of the images; RUN=name keeps model and report in runs/name/
-#=   PER_CLASS                      images of a class to move into val/
+#=   PER_CLASS LINK_FROM            images of a class for val/; images elsewhere that are only read, linked into DATA
 #=   EPOCHS LR PATIENCE BATCH_SIZE  training
 #=   VIEWS WINDOW ARCH WEIGHTS      variants and window of an image; network; imagenet, random or a file
 #=   SEED DEVICE WORKERS GPUS       seed; cpu, cuda, mps; decoding processes; GPUS=4 shares the pass
 #=   IMAGES ARGS PYTHON             for predict; further flags, of train.py in all; makes .venv
 
-.venv/installed: requirements.txt
-	$(PYTHON) -m venv .venv
+# a PYTHON that is given makes .venv anew where it was made by another one
+other_python := $(if $(filter command environment,$(origin PYTHON)),$(filter-out $(shell cat .venv/python 2>/dev/null),$(PYTHON)))
+.venv/installed: requirements.txt $(if $(other_python),FORCE)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer needed, found %d.%d: make PYTHON=python3.12" % sys.version_info[:2])'
+	$(PYTHON) -m venv --clear .venv
+	@echo "$(PYTHON)" > .venv/python
 	$(PY) -m pip install --quiet --requirement requirements.txt
 	@touch $@
-
 .venv/installed-tests: tests/requirements.txt .venv/installed
 	$(PY) -m pip install --quiet --requirement tests/requirements.txt
 	@touch $@
-
 install: .venv/installed  ## make .venv with the packages of requirements.txt
 
 split: install  ## move images from train/ into val/, whole patients (ARGS=--undo puts them back)
 	$(PY) split_val.py $(split_flags) $(ARGS)
 check: install  ## look for leaks, duplicates and shortcuts in the data
 	$(PY) split_val.py --check $(data_flags) $(ARGS)
-
 train: install  ## train the classifier: model.pth, model.json, curves
 	$(launch) train.py $(train_flags) $(ARGS)
 cv: install  ## cross-validate instead: the spread of every number
 	$(launch) train.py --folds 5 --repeats 5 $(train_flags) $(ARGS)
-
 evaluate: install  ## score the test images: metrics, predictions, pictures
 	$(PY) evaluate.py $(run_flags) $(ARGS)
 predict: install  ## classify IMAGES="scan.png folder/"
@@ -67,7 +66,7 @@ demo: install  ## the whole chain on drawn radiographs, in demo/: needs neither 
 	$(PY) tests/phantoms.py demo/chestxrays
 	$(MAKE) --no-print-directory all DATA=demo/chestxrays PER_CLASS=15 MODEL=demo/model.pth RESULTS=demo/results WEIGHTS=random
 test: lint  ## everything that is checked before a change lands
-	$(PY) -m pytest -q $(ARGS)
+	$(PY) -m pytest -q -n 2 --dist worksteal $(ARGS)
 fuzz: .venv/installed-tests  ## minutes of damaged images, checkpoints and records, and kills at every step
 	$(PY) -m pytest -q tests --fuzz $(ARGS)
 bench: .venv/installed-tests  ## the speed table

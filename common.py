@@ -4,9 +4,11 @@ network and its features, scores, and what every command line needs."""
 import argparse
 import contextlib
 import copy
+import csv
 import difflib
 import errno
 import hashlib
+import importlib.util
 import inspect
 import io
 import json
@@ -22,25 +24,36 @@ import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-import numpy as np
-import PIL.Image
-import torch
-import torch.distributed as dist
-import torchmetrics.functional.classification as tm
-import torchvision
-from PIL import ImageMode, ImageOps
-from scipy.optimize import minimize
-from scipy.special import expit
-from scipy.stats import binomtest
-from torch import nn
-from torch.fx.experimental.optimization import fuse
-from torch.utils.data import DataLoader, Dataset
-from torchvision.models import get_model, get_model_builder, list_models
-from torchvision.transforms import v2
-from tqdm import tqdm
+try:
+    import numpy as np
+    import PIL.Image
+    import torch
+    import torch.distributed as dist
+    import torchmetrics.functional.classification as tm
+    import torchvision
+    from PIL import ImageMode, ImageOps, PngImagePlugin, TiffImagePlugin
+    from scipy.optimize import minimize
+    from scipy.special import expit
+    from scipy.stats import binomtest
+    from torch import nn
+    from torch.fx.experimental.optimization import fuse
+    from torch.utils.data import DataLoader, Dataset
+    from torchvision.models import get_model, get_model_builder, get_model_weights, list_models
+    from torchvision.transforms import v2
+    from tqdm import tqdm
+
+    for later in ("matplotlib", "pydicom", "sklearn"):  # imported where they are needed
+        if importlib.util.find_spec(later) is None:
+            raise ImportError(f"No module named {later!r}")
+except Exception as error:  # a package is missing, or is not for the version of another
+    script = Path(sys.argv[0]).name
+    remedy = f"make install, then .venv/bin/python {script}"
+    print(f"{script}: {' '.join(str(error).split())}; {remedy}", file=sys.stderr)
+    sys.exit(2)
 
 # ---------------------------------------------------------------- transforms
 
@@ -66,6 +79,7 @@ AUGMENT = v2.Compose(
 )
 
 # On the device, a batch at a time: uint8 (N, 1, SIZE, SIZE) to float32 (N, 3, SIZE, SIZE).
+# Where a network's published weights want another mean and deviation, it gets them.
 NORMALIZE = v2.Compose([v2.RGB(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
 
 
@@ -84,19 +98,45 @@ def make_view(image, number, digest):
 
 # ---------------------------------------------------------------- images and patients
 
-SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+PICTURES = (
+    ".bmp",
+    ".jfif",
+    ".jpe",
+    ".jpeg",
+    ".jpg",
+    ".pgm",
+    ".png",
+    ".ppm",
+    ".tif",
+    ".tiff",
+    ".webp",
+)
+SUFFIXES = {*PICTURES, ".dcm"}
 FORMATS = "BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP"  # others Pillow may hand to other programs
+JUNK = "Thumbs.db", "desktop.ini"  # that operating systems leave in folders
+MODALITIES = "CR", "DX", "RG"  # of a radiograph in DICOM
 MAX_PIXELS = 50_000_000  # more is a decompression bomb; radiographs reach about 20 million
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a long text is no bad picture
+# white is 0, big-endian, 16 bits: Pillow knows it little-endian only
+TiffImagePlugin.OPEN_INFO[(b"MM", 0, (1,), 1, (16,), ())] = ("I;16B", "I;16B")
 COLOURS = (
     "#0072B2",
     "#D55E00",
 )  # of NORMAL and PNEUMONIA; Okabe & Ito, told apart by the colour-blind
+SPLITS = "train", "val", "test"
 SPLIT_FILE = "split_val.json"  # in the data folder: the files that split_val.py moves
+METADATA = "metadata.csv"  # in the data folder: file_name, patient_id and any other columns
 
-# Names of the reference data. In personN_bacteria_M.jpeg N counts the patients of one etiology.
+# How the names of images tell their patients, the first that fits. Add your own above.
 PATIENT_NAMES = (
+    # the reference data; in personN_bacteria_M.jpeg N counts the patients of one etiology
     re.compile(r"(?P<patient>person\d+)_(?P<etiology>bacteria|virus)_\d+"),
     re.compile(r"(?P<patient>(NORMAL2-)?IM-\d+)-\d+"),
+    # the same children in their other release: BACTERIA-1049278-0001.jpeg
+    re.compile(r"(NORMAL|BACTERIA|VIRUS)-(?P<patient>\d+)-\d+"),
+    re.compile(r"(?P<patient>\d{8})_\d{3}\b"),  # NIH ChestX-ray14: 00000013_005.png
+    re.compile(r"(?P<patient>patient\d+)_study\d+"),  # CheXpert: patient00001_study1_view1.jpg
+    re.compile(r"(?P<patient>sub-[A-Za-z0-9]+)_"),  # BIDS: sub-S03044_ses-E06217_run-1_cr.png
 )
 
 
@@ -104,20 +144,43 @@ class Image(NamedTuple):
     path: Path
     label: int | None  # index into CLASSES, None for a new image
     digest: str  # SHA-256 of the file in hex, "" where it cannot be read
+    patient: str | None = None  # None where nothing tells it
+    group: str = ""  # what stays together in a split: the patient, perhaps with others
+    about: dict | None = None  # the other columns of its row in metadata.csv
 
 
-def list_images(folder):
-    """Paths of the images directly inside `folder`, sorted by name; hidden files do not count."""
+def list_images(folder, others=False):
+    """Paths of the images directly inside `folder`, sorted by name; hidden files do not count.
+
+    others: warn of files that are no images by their suffix.
+    """
     paths = [Path(folder, name) for name in sorted(os.listdir(folder)) if name[0] != "."]
     # a link to nothing counts, to be reported; a pipe or a device does not
-    return [p for p in paths if p.suffix.lower() in SUFFIXES and (p.is_file() or not p.exists())]
+    images = [p for p in paths if p.suffix.lower() in SUFFIXES and (p.is_file() or not p.exists())]
+    rest = [p for p in paths if p.suffix.lower() not in SUFFIXES and p.is_file()]
+    rest = [path.suffix or "no suffix" for path in rest if path.name not in JUNK]
+    if others and images and rest:
+        suffixes = ", ".join(sorted(set(rest)))
+        warn(
+            f"{folder}: {len(rest)} files are not read ({suffixes}), images are {image_suffixes()}"
+        )
+    return images
 
 
-def list_split(data_dir, split):
+def image_suffixes():
+    return " ".join(sorted(SUFFIXES))
+
+
+def list_split(data_dir, split, others=False):
     """[(path, label)] of data_dir/split. Anything but the two class folders is a Failure."""
     root = Path(data_dir, split)
     if not root.is_dir():
-        hint = "run split_val.py first" if split == "val" else "see --data-dir"
+        hint = f"see --data-dir{better_level(data_dir)}"
+        hint = (
+            "run split_val.py first"
+            if split == "val" and Path(data_dir, "train").is_dir()
+            else hint
+        )
         raise Failure(f"{root}: no such folder, expected {' and '.join(CLASSES)} in it ({hint})")
     for folder in sorted(p for p in root.iterdir() if p.is_dir()):
         if folder.name not in CLASSES:
@@ -132,17 +195,28 @@ def list_split(data_dir, split):
             raise Failure(f"{folder}: no such folder, expected the {name} images of {split} in it")
         if root.is_symlink() or folder.is_symlink():
             raise Failure(
-                f"{folder}: found a link; link the whole data folder, or name it with --data-dir"
+                f"{folder}: found a link; link the whole data folder, or name it with --data-dir "
+                "(a tree of links to images elsewhere: split_val.py --link-from)"
             )
-        paths = list_images(folder)
+        paths = list_images(folder, others)
         if not paths:
-            others = sorted({p.suffix or p.name for p in folder.iterdir() if p.name[0] != "."})
-            found = f"only {', '.join(others[:5])}" if others else "an empty folder"
-            raise Failure(
-                f"{folder}: expected images ({' '.join(sorted(SUFFIXES))}), found {found}"
-            )
+            names = sorted({p.suffix or p.name for p in folder.iterdir() if p.name[0] != "."})
+            found = f"only {', '.join(names[:5])}" if names else "an empty folder"
+            deeper = [each for each in sorted(folder.glob("*/")) if list_images(each)]
+            move = f"; move the images in {deeper[0]} up into it" if deeper else ""
+            raise Failure(f"{folder}: expected images ({image_suffixes()}), found {found}{move}")
         images += [(path, label) for path in paths]
     return images
+
+
+def better_level(data_dir):
+    """Where the data folder may be instead, in words: one above, or one or two below."""
+    data_dir = Path(data_dir)
+    levels = [data_dir.parent, *sorted(data_dir.glob("*/")), *sorted(data_dir.glob("*/*/"))]
+    for level in levels:
+        if level.name != "__MACOSX" and all((level / "train" / name).is_dir() for name in CLASSES):
+            return f" {level}"
+    return ""
 
 
 def read_split(data_dir, *splits):
@@ -155,11 +229,13 @@ def read_split(data_dir, *splits):
                 f"says ({len(left)} such images); run split_val.py again to complete the split"
             )
     found, first = {}, {}
+    listed = {split: list_split(data_dir, split, others=True) for split in splits}
+    rows = read_metadata(data_dir) if splits else {}
     for split in splits:
-        listed = list_split(data_dir, split)
         with ThreadPoolExecutor() as pool:
-            digests = list(pool.map(hash_file, (path for path, _ in listed)))
-        found[split] = [Image(*each, digest) for each, digest in zip(listed, digests, strict=True)]
+            digests = list(pool.map(hash_file, (path for path, _ in listed[split])))
+        pairs = zip(listed[split], digests, strict=True)
+        found[split] = [identify(path, label, digest, rows) for (path, label), digest in pairs]
         for image in found[split]:
             twin = first.setdefault(image.digest, image)
             if image.digest and twin.path.parent != image.path.parent:
@@ -168,11 +244,75 @@ def read_split(data_dir, *splits):
 
 
 def hash_file(path):
-    """SHA-256 of a file's content in hex, "" where it cannot be read."""
+    """SHA-256 of a file's content in hex, "" where there is none, as behind a link to nothing."""
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError:
+    except OSError as error:
+        if is_no_fault_of_the_file(error):
+            raise
         return ""
+
+
+def read_metadata(data_dir):
+    """{path: row} of DIR/metadata.csv for the images in train/, val/ and test/, {} without one.
+
+    As in Hugging Face's ImageFolder: the column file_name is the image's own name, or its path
+    below DIR where two images have one name (as train/... also after the split). patient_id tells
+    the patient, what else there is makes subgroups. Says how many rows and images have no partner.
+    """
+    path = Path(data_dir, METADATA)
+    try:
+        reader = csv.DictReader(io.StringIO(path.read_text("utf-8-sig"), newline=""), strict=True)
+        rows = list(reader)
+    except FileNotFoundError:
+        return {}
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise Failure(f"{path}: not a CSV file ({error})") from None
+    columns = reader.fieldnames or []
+    if "file_name" not in columns:
+        expected = "expected the columns file_name and patient_id"
+        raise Failure(f"{path}: {expected}, found {', '.join(columns) or 'an empty file'}")
+    if "patient_id" not in columns:
+        warn(f"{path}: no column patient_id, so that the images' names tell the patients")
+    folders = [Path(data_dir, split, name) for split in SPLITS for name in CLASSES]
+    images = [image for each in folders if each.is_dir() for image in list_images(each)]
+    places = {}
+    for image in images:
+        below = image.relative_to(data_dir).as_posix()
+        for key in {image.name, below, re.sub("^val/", "train/", below)}:
+            places.setdefault(key, []).append(image)
+    found, absent = {}, []
+    for number, row in enumerate(rows, 2):
+        name = PurePosixPath(row["file_name"] or "").as_posix()
+        here = places.get(name, [])
+        if len(here) > 1:
+            both = f"{here[0].parent} and {here[1].parent}"
+            raise Failure(
+                f"{path}, row {number}: {name} is in {both}; give the path below {data_dir}"
+            )
+        if here and here[0] in found:
+            raise Failure(f"{path}, row {number}: {name} has an earlier row; keep one")
+        found |= dict.fromkeys(here, row)
+        absent += [] if here else [name]
+    if absent:
+        warn(f"{path}: {len(absent)} of {len(rows)} rows have no image here, as {absent[0]}")
+    told = [image for image in images if found.get(image, {}).get("patient_id")]
+    if "patient_id" in columns and len(told) < len(images):
+        alone = next(image.name for image in images if image not in told)
+        warn(
+            f"{path}: tells no patient of {len(images) - len(told)} of {len(images)} images, as "
+            f"{alone}; for these the names do, or nothing"
+        )
+    return found
+
+
+def identify(path, label, digest, rows):
+    """The Image with its patient: by metadata.csv, by DICOM's PatientID, by its name."""
+    row = {key: value for key, value in rows.get(path, {}).items() if key and value}
+    row.pop("file_name", None)
+    patient = row.pop("patient_id", None) or dicom_patient(path)
+    group = patient or patient_of(path.name, cautious=True) or f"{path.parent.name}/{path.name}"
+    return Image(path, label, digest, patient or patient_of(path.name), group, row)
 
 
 def patient_of(name, cautious=False):
@@ -188,33 +328,124 @@ def patient_of(name, cautious=False):
     return None
 
 
-def patient_key(path):
-    """The cautious patient of an image, or the image itself where its name tells none."""
-    return patient_of(path.name, cautious=True) or f"{path.parent.name}/{path.name}"
+def is_dicom(start):
+    return start[128:132] == b"DICM"
+
+
+def dicom_patient(path):
+    """The hash of a DICOM file's PatientID, which itself belongs in no report; else None."""
+    try:
+        with open(path, "rb") as file:
+            if not is_dicom(file.read(132)):
+                return None
+        import pydicom
+
+        told = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"])
+        patient = str(told.get("PatientID") or "").strip()
+    except Exception:  # damaged; the pass, or the check, says so
+        return None
+    return f"ID-{hashlib.sha256(patient.encode()).hexdigest()[:12]}" if patient else None
+
+
+class Scan(NamedTuple):
+    """A decoded radiograph, and what its file is."""
+
+    grey: PIL.Image.Image  # upright; mode L, or F where a pixel has more bits than 8
+    size: tuple  # width and height of the file, pixels
+    mode: str  # L, RGB, I;16, MONOCHROME1, ...
+    bits: int  # a pixel
+    format: str  # JPEG, DICOM, ...
+    quality: int  # of a JPEG, 1 to 100 as libjpeg counts, else 0
 
 
 def open_image(source):
-    """The PIL image at `source`, a path or a binary file, decoded and upright, in its own mode.
+    """The Scan at `source`, a path or the bytes of a file: here, and only here, files are decoded.
 
     A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size (libjpeg's scaled DCT), never below SIZE.
-    Raises OSError or ValueError with the reason.
+    Raises OSError or ValueError with the reason, rather than give a picture that is not the file's.
     """
+    content = source if isinstance(source, bytes) else Path(source).read_bytes()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd metadata; damaged pixels raise
-        with PIL.Image.open(source, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
-            if max(image.size) > 20 * min(image.size):
-                raise ValueError(f"{image.width}x{image.height} pixels, no radiograph's shape")
-            if image.mode == "1":
-                raise ValueError("a picture of two colours, expected grey levels")
-            image.draft(None, (SIZE, SIZE))
-            return ImageOps.exif_transpose(image)
+        scan = open_dicom(content) if is_dicom(content) else open_picture(content)
+    low, high = scan.grey.getextrema()
+    if low == high:
+        raise ValueError("one single grey level, no picture")
+    return scan
 
 
-def to_grey(image):
-    """PIL mode L, or mode F where a pixel has 16 bits and more, which must not be clipped to 8."""
-    return image.convert("F" if image.mode[0] in "IF" else "L")
+def require_shape(width, height):
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width}x{height} pixels, more than {MAX_PIXELS:,}")
+    if max(width, height) > 20 * min(width, height):
+        raise ValueError(f"{width}x{height} pixels, no radiograph's shape")
+
+
+UPRIGHT = dict(zip((2, 4, 8, 3, 6, 5, 7), PIL.Image.Transpose, strict=True))  # by orientation
+
+
+def open_picture(content):
+    """The Scan of what Pillow reads."""
+    with PIL.Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        require_shape(*image.size)
+        mode, size, kind = image.mode, image.size, image.format
+        if mode == "1":
+            raise ValueError("a picture of two colours, expected grey levels")
+        if mode[0] not in "IF" and re.search(r";16[BLN]", str(image.tile)):
+            raise ValueError("16 bits a channel, of which 8 would be lost; save it as 16-bit grey")
+        if kind != "MPO" and (pages := getattr(image, "n_frames", 1)) > 1:
+            raise ValueError(f"{pages} pictures in one file, expected one")
+        tables = getattr(image, "quantization", None)
+        negative = kind == "TIFF" and mode[0] in "IF" and image.tag_v2.get(262) == 0
+        image.draft(None, (SIZE, SIZE))
+        grey = image.convert("F" if mode[0] in "IF" else "L")
+        if negative:  # Pillow turns 8 bits itself
+            grey = PIL.Image.fromarray(sum(grey.getextrema()) - np.asarray(grey))
+        with contextlib.suppress(Exception):  # no metadata makes a picture unreadable
+            grey = grey.transpose(UPRIGHT[image.getexif()[0x0112]])
+    about = ImageMode.getmode(mode)
+    bits = 8 * int(about.typestr[-1]) * len(about.bands)
+    return Scan(grey, size, mode, bits, kind, jpeg_quality(tables) if tables else 0)
+
+
+def jpeg_quality(tables):
+    """1 to 100 as libjpeg counts, from the quantisation tables; exact from 20 to 99."""
+    scale = 100 * sum(tables[min(tables)]) / 3685  # the sum of the luminance table at quality 50
+    return min(100, max(1, round(100 - scale / 2 if scale <= 100 else 5000 / scale)))
+
+
+def open_dicom(content):
+    """The Scan of a DICOM file: rescaled, in its VOI window, MONOCHROME1 turned (PS3.3 C.7.6.3)."""
+    import pydicom
+    from pydicom.pixels import apply_rescale, apply_voi_lut, get_decoder
+
+    file = pydicom.dcmread(io.BytesIO(content))
+    modality, mode = file.get("Modality") or "CR", file.get("PhotometricInterpretation")
+    if modality not in MODALITIES:
+        raise ValueError(f"DICOM of modality {modality}, expected {', '.join(MODALITIES)}")
+    if "PixelData" not in file:
+        raise ValueError("DICOM without a picture")
+    if (frames := int(file.get("NumberOfFrames") or 1)) > 1:
+        raise ValueError(f"{frames} pictures in one file, expected one")
+    if mode not in ("MONOCHROME1", "MONOCHROME2"):
+        raise ValueError(f"DICOM in {mode}, expected MONOCHROME1 or MONOCHROME2")
+    require_shape(file.Columns, file.Rows)
+    syntax = file.file_meta.TransferSyntaxUID
+    if not get_decoder(syntax).is_available:
+        packages = "pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
+        raise ValueError(f"DICOM in {syntax.name}: .venv/bin/pip install {packages}")
+    stored = file.pixel_array
+    pixels = apply_rescale(stored, file)
+    with contextlib.suppress(Exception):  # a window that makes no sense
+        pixels = apply_voi_lut(pixels, file)
+    if mode == "MONOCHROME1":
+        pixels = 2**file.BitsStored - 1 - pixels.astype(np.float64)
+    outside = stored == file.get("PixelPaddingValue")
+    if 0 < outside.sum() < outside.size:
+        pixels = np.where(outside, pixels[~outside].min(), pixels)
+    eight = file.BitsStored <= 8 and pixels.min() >= 0 and pixels.max() <= 255
+    grey = PIL.Image.fromarray(pixels.round().astype(np.uint8) if eight else np.float32(pixels))
+    return Scan(grey, (file.Columns, file.Rows), mode, file.BitsAllocated, "DICOM", 0)
 
 
 def stretch(image, window):
@@ -236,7 +467,7 @@ def stretch(image, window):
 
 def load_image(source, window):
     """The radiograph as the network sees it: PIL, mode L, SIZE x SIZE; raises as open_image."""
-    return stretch(PREPARE(to_grey(open_image(source))), window)
+    return stretch(PREPARE(open_image(source).grey), window)
 
 
 def explain_unreadable(path, error):
@@ -265,6 +496,9 @@ def pick_device(name):
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if cuda else "mps" if mps else "cpu"
+        if error := try_device(name):
+            warn(f"{name} cannot be used ({error}): going on with the CPU")
+            name = "cpu"
     if name == "cuda":
         name += f":{os.environ.get('LOCAL_RANK', 0)}"  # torchrun: a GPU for each process
     if not re.fullmatch(r"cpu|mps|cuda:\d+", name):
@@ -274,6 +508,8 @@ def pick_device(name):
     if (device.index or 0) >= count:
         found = f"no such device here ({count} found)"
         raise Failure(f"--device {name}: {found}; use --device auto or cpu")
+    if error := try_device(name):
+        raise Failure(f"--device {name}: cannot be used ({error}); use --device auto or cpu", 4)
     dtype = torch.float32
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # it would round what is scored to 10 bits
@@ -287,12 +523,23 @@ def pick_device(name):
     return device, dtype
 
 
+def try_device(name):
+    """Why a small convolution fails there, "" where it works: a GPU may be too old, or taken."""
+    try:
+        x = torch.ones(1, 1, 4, 4, device=name)
+        nn.functional.conv2d(x, x).cpu()
+    except RuntimeError as error:
+        return " ".join(str(error).split())[:120]
+    return ""
+
+
 class Backbone(NamedTuple):
     network: nn.Module  # images float32 (N, 3, SIZE, SIZE) to features float32 (N, width), frozen
     head_name: str  # of the last Linear, which the network does without
     width: int
     weight: torch.Tensor | None  # of the last Linear in the checkpoint, None without one
     bias: torch.Tensor | None
+    normalize: v2.Compose  # as its published weights want it
 
 
 def build_backbone(arch, state=None, source=None):
@@ -314,17 +561,47 @@ def build_backbone(arch, state=None, source=None):
         found = type(last).__name__
         raise Failure(f"--arch {arch}: expected a network that ends in a Linear, found {found}")
     network.set_submodule(name, nn.Identity())
+    if hasattr(network, "transform_input"):
+        network.transform_input = True  # from ImageNet's normalisation to these weights' own
     weight = bias = None
     if state:
-        state = dict(state)
+        state = own_names(state, network, source)
         weight, bias = state.pop(f"{name}.weight", None), state.pop(f"{name}.bias", None)
+        own, parts = network.state_dict(), {part for part, _ in network.named_children()}
+        parts.discard(name.split(".")[0])  # any other head, and what is no part of the network
+        state = {k: v for k, v in state.items() if k in own or k.split(".")[0] in parts}
         try:
             network.load_state_dict(state, assign=True)
         except (RuntimeError, NotImplementedError) as error:
             reason = " ".join(str(error).split("\n\t", 1)[-1].split())
             raise Failure(f"{source}: not the weights of a {arch}: {reason:.160}") from None
     network.float().eval().requires_grad_(False)
-    return Backbone(network, name, last.in_features, weight, bias)
+    return Backbone(network, name, last.in_features, weight, bias, normalize_for(arch))
+
+
+def normalize_for(arch):
+    """NORMALIZE with the mean and deviation that the published weights of `arch` want."""
+    try:
+        preset = get_model_weights(arch).DEFAULT.transforms()
+        if (*preset.mean, *preset.std) == (*MEAN, *STD):
+            return NORMALIZE
+        return v2.Compose([*NORMALIZE.transforms[:-1], v2.Normalize(preset.mean, preset.std)])
+    except (ValueError, AttributeError):  # there are none
+        return NORMALIZE
+
+
+def own_names(state, network, source):
+    """The state dict without what stands before every name of the network there.
+
+    That is "module." of DataParallel, "_orig_mod." of torch.compile, "backbone." or "model.".
+    """
+    own = [name for name in network.state_dict() if not name.endswith("num_batches_tracked")]
+    ends = [key.removesuffix(own[0]) for key in state if f".{key}".endswith(f".{own[0]}")]
+    found = [prefix for prefix in ends if all(prefix + name in state for name in own)]
+    if len(found) > 1:
+        several = ", ".join(f"{prefix}{own[0]}" for prefix in found)
+        raise Failure(f"{source}: holds several such networks ({several}); keep one of them")
+    return {key.removeprefix(found[0] if found else ""): value for key, value in state.items()}
 
 
 def read_checkpoint(path):
@@ -342,7 +619,7 @@ def read_checkpoint(path):
                     raise Failure(f"{path}: not a readable checkpoint, {broken} is damaged")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            state = torch.load(path, "cpu", weights_only=True)
+            state = find_state(torch.load(path, "cpu", weights_only=True), path)
         for key, value in state.items():
             if value.numel() * value.element_size() > size:
                 raise Failure(f"{path}: {key} is larger than the file")
@@ -357,10 +634,29 @@ def read_checkpoint(path):
         # not torch's own text: that recommends to run the code in the file
         expected = f"{path}: not a readable checkpoint, expected a state dict"
         reason = f"{type(error).__name__}: it is damaged, or holds more than tensors"
-        raise Failure(f"{expected} ({reason})") from error
+        with open(path, "rb") as file:
+            if file.read(10)[8:] == b'{"':
+                convert = f"torch.save(safetensors.torch.load_file({path.name!r}), 'weights.pth')"
+                raise Failure(f"{path}: a safetensors file; in Python: {convert}") from error
+        raise Failure(f"{expected} ({reason}); torch.save(model.state_dict(), FILE)") from error
     # torchvision's oldest DenseNet files name norm1 "norm.1"; its own loader renames them likewise
     old = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(\d)")
     return {old.sub(r"\1\2", key): value for key, value in state.items()}
+
+
+def find_state(checkpoint, path):
+    """The one dict of tensors in a checkpoint: itself, or its "state_dict", "model" or the like."""
+
+    def is_state(x):
+        return isinstance(x, dict) and x and all(isinstance(v, torch.Tensor) for v in x.values())
+
+    if is_state(checkpoint):
+        return checkpoint
+    found = [key for key, value in checkpoint.items() if is_state(value)]
+    if len(found) > 1:
+        keep = f"torch.save(checkpoint[{found[0]!r}], FILE)"
+        raise Failure(f"{path}: holds several state dicts ({', '.join(found)}); keep one: {keep}")
+    return checkpoint[found[0]]
 
 
 # ---------------------------------------------------------------- features
@@ -379,19 +675,25 @@ class Views(Dataset):
         return len(self.images)
 
     def __getitem__(self, i):
-        path, _, digest = self.images[i]
+        path, digest = self.images[i].path, self.images[i].digest
         try:
             content = path.read_bytes()
             if hashlib.sha256(content).hexdigest() != digest:
                 raise ValueError("its content changed during this run")
-            image = load_image(io.BytesIO(content), self.window)
+            image = load_image(content, self.window)
             views = (make_view(image, n, digest) for n in range(self.n_views))
             return i, torch.stack([v2.functional.pil_to_tensor(view) for view in views]), ""
-        except MemoryError:
-            raise
         except Exception as error:  # damaged files make decoders raise nearly anything
+            if is_no_fault_of_the_file(error):
+                raise
             zeros = torch.zeros(self.n_views, 1, SIZE, SIZE, dtype=torch.uint8)
             return i, zeros, explain_unreadable(path, error)
+
+
+def is_no_fault_of_the_file(error):
+    """Whether reading failed for want of memory, of permission, of what the system has."""
+    scarce = isinstance(error, OSError) and error.errno in RESOURCES
+    return scarce or isinstance(error, MemoryError | PermissionError)
 
 
 ZIP_ERRORS = zipfile.BadZipFile, zlib.error, NotImplementedError
@@ -408,9 +710,10 @@ class Cache:
         for name, tensor in backbone.network.state_dict().items():
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.contiguous().reshape(-1).numpy().data)
-        depends_on = [backbone.network, PREPARE, AUGMENT, NORMALIZE, window, dtype, compiled]
-        depends_on += map(inspect.getsource, (open_image, to_grey, stretch, load_image, make_view))
-        depends_on += [torchvision.__version__, PIL.__version__]
+        depends_on = [backbone.network, PREPARE, AUGMENT, backbone.normalize]
+        depends_on += [getattr(backbone.network, "transform_input", False), window, dtype, compiled]
+        loading = open_image, open_picture, open_dicom, stretch, load_image, make_view
+        depends_on += [*map(inspect.getsource, loading), torchvision.__version__, PIL.__version__]
         digest.update("\n".join(map(str, depends_on)).encode())
         probe = PIL.Image.radial_gradient("L").resize((SIZE, SIZE))
         for number in range(8):  # what AUGMENT does may not show in its name
@@ -493,12 +796,12 @@ def run_network(backbone, views, rows, features, cache, device, dtype, args, com
     bar = tqdm(total=len(rows) * views.n_views, unit=" views", disable=None)
     try:
         network = prepare_network(backbone.network, device, dtype, compiled)
-        for indexes, pictures, reasons in loader:
+        for indexes, pictures, reasons in start_workers(loader):
             vectors = []
             for batch in pictures.flatten(0, 1).split(batch_size):
                 filling = batch.new_zeros(batch_size - len(batch), *batch.shape[1:])
                 pixels = torch.cat([batch, filling]).to(device, non_blocking=loader.pin_memory)
-                pixels = NORMALIZE(pixels).to(dtype, memory_format=torch.channels_last)
+                pixels = backbone.normalize(pixels).to(dtype, memory_format=torch.channels_last)
                 vectors.append(network(pixels).float().cpu()[: len(batch)])
             vectors = torch.cat(vectors).unflatten(0, pictures.shape[:2])
             if not vectors.isfinite().all():
@@ -522,6 +825,15 @@ def run_network(backbone, views, rows, features, cache, device, dtype, args, com
     speed = f"{count} views in {seconds:.1f} s, {count / seconds:.0f} a second ({precision})"
     print(f"Features: {len(rows)} images computed, {speed}", flush=True)
     return bad
+
+
+def start_workers(loader):
+    """iter(loader), with a Failure where the system has no processes, semaphores or memory left."""
+    try:
+        return iter(loader)
+    except OSError as error:
+        failed = f"the processes that decode images cannot start ({error})"
+        raise Failure(f"{failed}; use --workers 0", 4) from error
 
 
 def prepare_network(network, device, dtype, compiled):
@@ -579,48 +891,67 @@ def end_other_ranks():
         raise SystemExit(0)
 
 
+SHOWN = 5  # lines of one kind
+
+
 def without_bad(images, bad, skip_bad):
-    """The rows to keep, after naming every unreadable image; without skip_bad one is a Failure."""
+    """The rows to keep, after naming unreadable images; without skip_bad one is a Failure."""
     lines = [f"{images[row].path}: {reason}" for row, reason in sorted(bad.items())]
     if lines and not skip_bad:
-        for line in lines[1:]:
+        for line in lines[1:SHOWN]:
             print(line, file=sys.stderr)
-        more = f" (and {len(lines) - 1} more, above)" if lines[1:] else ""
+        more = f" (and {len(lines) - 1} more; split_val.py --check lists all)" if lines[1:] else ""
         raise Failure(
             f"{lines[0]}{more}; repair or remove it, or leave such images out with --skip-bad"
         )
-    for line in lines:
+    for line in lines[:SHOWN]:
         warn(f"left out: {line}")
+    if lines[SHOWN:]:
+        warn(f"left out: {len(lines)} images in all; split_val.py --check lists them")
     return [row for row in range(len(images)) if row not in bad]
 
 
 # ---------------------------------------------------------------- scores
 
 
-def score(probs, labels, threshold):
+def distance(features, mean, std):
+    """float32 (N,): how far features (N, width) are from the training images, whose mean and
+    standard deviation (width,) are given.
+
+    The root mean square over the features of (feature - mean) / std: about 1 for a training image.
+    """
+    return ((features - mean) / std).square().mean(1).sqrt()
+
+
+SCORES = ("accuracy", "f1", "auroc", "average_precision", "sensitivity", "specificity")
+SCORES += ("ppv", "npv", "brier", "ece")
+
+
+def score(probs, labels, threshold, names=SCORES):
     """{name: float, or None where a denominator is 0}.
 
     probs: float32 (N,), P(PNEUMONIA); labels: int64 (N,). An image counts as PNEUMONIA above the
     threshold, not at it. brier: mean squared error of the probability; ece: expected calibration
     error, 15 bins of equal width (Guo et al. 2017).
     """
-    n_positive = int((probs > threshold).sum())
-    n_negative = len(probs) - n_positive
-    values = {
-        "accuracy": tm.binary_accuracy(probs, labels, threshold),
-        "f1": tm.binary_f1_score(probs, labels, threshold),
-        "auroc": tm.binary_auroc(probs, labels),
-        "average_precision": tm.binary_average_precision(probs, labels),
-        "sensitivity": tm.binary_recall(probs, labels, threshold),
-        "specificity": tm.binary_specificity(probs, labels, threshold),
-        "ppv": tm.binary_precision(probs, labels, threshold) if n_positive else None,
-        "npv": tm.binary_negative_predictive_value(probs, labels, threshold)
-        if n_negative
-        else None,
-        "brier": (probs - labels).square().mean(),
-        "ece": tm.binary_calibration_error(probs, labels, n_bins=15),
+    fast = {"validate_args": False}  # the bootstrap asks thousands of times
+    at = {"threshold": threshold, **fast}
+    functions = {
+        "accuracy": partial(tm.binary_accuracy, **at),
+        "f1": partial(tm.binary_f1_score, **at),
+        "auroc": partial(tm.binary_auroc, **fast),
+        "average_precision": partial(tm.binary_average_precision, **fast),
+        "sensitivity": partial(tm.binary_recall, **at),
+        "specificity": partial(tm.binary_specificity, **at),
+        "ppv": partial(tm.binary_precision, **at),
+        "npv": partial(tm.binary_negative_predictive_value, **at),
+        "brier": lambda probs, labels: (probs - labels).square().mean(),
+        "ece": partial(tm.binary_calibration_error, n_bins=15, **fast),
     }
-    return {name: None if value is None else float(value) for name, value in values.items()}
+    empty = {"ppv": not (probs > threshold).any(), "npv": not (probs <= threshold).any()}
+    return {
+        name: None if empty.get(name) else float(functions[name](probs, labels)) for name in names
+    }
 
 
 def wilson(count, n):
@@ -656,34 +987,27 @@ def fit_logistic(x, labels, offset, clusters):
 
 
 def image_numbers(path):
-    """({name: float} of what one could go by without any network, the grey PIL image, its format).
+    """({name: float} of what one could go by without any network, grey PIL image mode L, its Scan).
 
-    file size: bytes; width, height: pixels of the file; mode: bits a pixel (8 grey, 24 RGB);
-    JPEG quality: 1 to 100 as libjpeg counts, from the quantisation table (exact from 20 to 99), 0
-    for other formats. Of the grey levels, 0 to 255: mean, (standard) deviation, and sharpness, the
-    mean absolute difference of vertical neighbours.
+    file size: bytes; width, height: pixels of the file; mode: bits a pixel (8 grey, 24 RGB); JPEG
+    quality: 0 for other formats. Of the grey levels, 0 to 255: mean, (standard) deviation, and
+    sharpness, the mean absolute difference of vertical neighbours.
     Raises what open_image raises.
     """
-    with PIL.Image.open(path, formats=FORMATS) as image:
-        (width, height), mode, kind = image.size, ImageMode.getmode(image.mode), image.format
-        tables = getattr(image, "quantization", None)
-    quality = 0
-    if tables:  # 3685: the sum of libjpeg's luminance table at quality 50
-        scale = 100 * sum(tables[min(tables)]) / 3685
-        quality = min(100, max(1, round(100 - scale / 2 if scale <= 100 else 5000 / scale)))
-    grey = stretch(to_grey(open_image(path)), window=0)
+    scan = open_image(path)
+    grey = stretch(scan.grey, 0 if scan.grey.mode == "L" else 2)
     pixels = np.asarray(grey, dtype=np.float32)
     numbers = {
         "file size": float(os.path.getsize(path)),
-        "width": float(width),
-        "height": float(height),
-        "mode": 8.0 * int(mode.typestr[-1]) * len(mode.bands),
-        "JPEG quality": float(quality),
+        "width": float(scan.size[0]),
+        "height": float(scan.size[1]),
+        "mode": float(scan.bits),
+        "JPEG quality": float(scan.quality),
         "mean": float(pixels.mean()),
         "deviation": float(pixels.std()),
         "sharpness": float(np.abs(np.diff(pixels, axis=0)).mean()) if len(pixels) > 1 else 0.0,
     }
-    return numbers, grey, kind
+    return numbers, grey, scan
 
 
 # ---------------------------------------------------------------- errors, files, flags
@@ -716,8 +1040,11 @@ FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # of a disk, or of what a file m
 RESOURCES = *FULL, errno.EIO, errno.EAGAIN, errno.EMFILE, errno.ENFILE
 
 
-def run(command, args):
-    """The exit status of command(args); an error is one line, with --debug its traceback, too."""
+def run(command, args, script):
+    """The exit status of command(args); an error is one line, with --debug its traceback, too.
+
+    script: whose name the line begins with; sys.argv has another in a notebook.
+    """
     if rank_and_world()[0]:
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
     for stream in (sys.stdout, sys.stderr):  # a file's name may be no text in their encoding
@@ -733,7 +1060,7 @@ def run(command, args):
         status, message = explain(error, args)
         if args.debug:
             traceback.print_exc()
-        line = f"{Path(sys.argv[0]).name}: {' '.join(message.split())}"
+        line = f"{script}: {' '.join(message.split())}"
         print(line, file=sys.stderr, flush=True)
         return status
     finally:
@@ -837,8 +1164,8 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 class Parser(argparse.ArgumentParser):
     """argparse with one line for an error."""
 
-    def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=Formatter)
+    def __init__(self, script, doc):
+        super().__init__(prog=script, description=doc, formatter_class=Formatter)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")

@@ -19,11 +19,14 @@ import platform
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+import common  # first: it says what to do where a package is missing
+from common import CLASSES, COLOURS, Failure, Image, replacing, wilson
+
+# isort: split
 import numpy as np
 import PIL.Image
 import scipy.stats
@@ -31,9 +34,6 @@ import torch
 import torchmetrics.functional.classification as tm
 from scipy.special import expit, logit
 from torch import nn
-
-import common
-from common import CLASSES, COLOURS, Failure, Image, replacing, wilson
 
 PROPORTIONS = ("accuracy", "sensitivity", "specificity", "ppv", "npv")
 COMPARED = ("accuracy", "f1", "auroc")
@@ -64,17 +64,23 @@ class Model(NamedTuple):
     warnings: list
 
 
-def load_model(path, device_name):
-    """The Model in a checkpoint of train.py, or in any state dict of a network with one output."""
+def load_model(path, device_name, arch=None):
+    """The Model in a checkpoint of train.py, or in any state dict of a network with one output.
+
+    arch: the network of such a state dict, None for what model.json says, or a resnet50.
+    """
     state, about = common.read_checkpoint(path), path.with_suffix(".json")
     info, doubts = common.read_json(about), []
     if info is None:
-        info, taken = {"arch": "resnet50"}, "taken for a resnet50, threshold 0.5, no window"
+        info = {"arch": arch or "resnet50"}
+        taken = f"taken for a {info['arch']} (--arch), threshold 0.5, no window"
         doubts.append(f"no {about} beside {path.name}: {taken}")
     elif info.get("sha256") != common.hash_file(path):
         info = {key: info[key] for key in ("arch", "window") if key in info}
         differs = "(its SHA-256 differs): only its arch and window are used"
         doubts.append(f"{about} DOES NOT BELONG to this {path.name} {differs}")
+    if arch not in (None, info["arch"]):
+        raise Failure(f"--arch {arch}: {about} says {info['arch']}; leave --arch out")
     try:
         backbone = common.build_backbone(info["arch"], state, path)
     except Failure as error:
@@ -83,7 +89,8 @@ def load_model(path, device_name):
     if weight is None or bias is None or weight.shape != (1, backbone.width) or bias.shape != (1,):
         found = "none" if weight is None else f"{len(weight)} of {tuple(weight.shape[1:])}"
         expected = f"expected one output neuron of {backbone.width} inputs in {backbone.head_name}"
-        raise Failure(f"{path}: {expected}, found {found}")
+        remedy = f"train.py --weights {path} trains a new one on this network"
+        raise Failure(f"{path}: {expected}, found {found}; {remedy}")
     head = nn.Linear(backbone.width, 1).requires_grad_(False)
     head.weight.copy_(weight)
     head.bias.copy_(bias)
@@ -112,6 +119,9 @@ def choose_threshold(args, info, source):
     }
 
 
+COLUMNS = "file", "label", "probability", "prediction", "error", "unlike", "patient"
+
+
 class Table(NamedTuple):
     """Predictions, in the columns of predictions.csv."""
 
@@ -119,43 +129,104 @@ class Table(NamedTuple):
     labels: list  # index into CLASSES, None for a new image
     probs: np.ndarray  # float32 (N,), P(PNEUMONIA), nan where the image could not be read
     errors: list  # why it could not be read, "" where it could
+    unlike: np.ndarray  # float32 (N,), above 1 where unlike the training images, nan if not known
+    patients: list  # None where nothing tells one
+    about: list  # {column: value} of metadata.csv
 
     def readable(self):
-        """The Table of the images that could be read, labels as int64 (n,)."""
-        rows = [row for row, error in enumerate(self.errors) if not error]
-        labels = np.array([self.labels[row] for row in rows])
-        return Table([self.files[row] for row in rows], labels, self.probs[rows], [""] * len(rows))
+        """The Table of the images that could be read."""
+        return self.select([row for row, error in enumerate(self.errors) if not error])
 
-    def patients(self):
-        """[patient, None where the name tells none] of the files."""
-        return [common.patient_of(Path(file).name) for file in self.files]
+    def select(self, rows):
+        """The Table of these rows, labels as int64 (n,)."""
+        lists = {
+            name: [getattr(self, name)[row] for row in rows]
+            for name in ("files", "errors", "patients", "about")
+        }
+        labels = np.array([self.labels[row] for row in rows])
+        arrays = {"labels": labels, "probs": self.probs[rows], "unlike": self.unlike[rows]}
+        return Table(**lists, **arrays)
 
     def clusters(self):
-        """[patient, or the file itself where its name tells none]."""
-        return [patient or file for patient, file in zip(self.patients(), self.files, strict=True)]
+        """[patient, or the file itself where nothing tells one]."""
+        return [patient or file for patient, file in zip(self.patients, self.files, strict=True)]
 
 
 def predict(model, images, names, args):
-    """(the Table of the images, {row: reason} of unreadable ones), in float32 on every device."""
+    """(the Table of the images, {row: reason} of unreadable ones, what metrics.json says on unlike
+    images), in float32 on every device."""
     window = model.info.get("window", 0)
     data = images, 1, window, model.device, torch.float32, args
     features, bad = common.extract_features(model.backbone, *data)
-    probs = model.head(features[:, 0]).squeeze(1).sigmoid()
+    features = features[:, 0]
+    probs = model.head(features).squeeze(1).sigmoid()
     probs[list(bad)] = math.nan
     if probs.isfinite().sum() != len(images) - len(bad):
         raise Failure(f"{args.checkpoint}: gives scores that are not finite; train again", 3)
-    files = [name.as_posix().encode(errors="backslashreplace").decode() for name in names]
-    errors = [bad.get(row, "") for row in range(len(images))]
-    return Table(files, [image.label for image in images], probs.numpy(), errors), bad
+    unlike, group = torch.full_like(probs, math.nan), None
+    good = [row for row in range(len(images)) if row not in bad]
+    if good and "features" in model.info:
+        unlike[good], group = measure_unlike(features[good], model.info["features"])
+    table = Table(
+        files=[name.as_posix().encode(errors="backslashreplace").decode() for name in names],
+        labels=[image.label for image in images],
+        probs=probs.numpy(),
+        errors=[bad.get(row, "") for row in range(len(images))],
+        unlike=unlike.numpy(),
+        patients=[image.patient for image in images],
+        about=[{k: v for k, v in (i.about or {}).items() if k not in COLUMNS} for i in images],
+    )
+    return table, bad, group
+
+
+SHIFT, UNLIKE_P = 0.4, 0.001  # from where a group of images is said to come from elsewhere
+
+
+def measure_unlike(features, training):
+    """(how unlike the training images each image is, float32 (N,), what metrics.json says of all).
+
+    features: float32 (N, width); training: what model.json says of the training features. Above 1
+    is farther away than 99 % of the validation images. shift: by how many deviations a feature of
+    the group is off, the root mean square over the features, less what chance gives n images.
+    """
+    mean, std = (torch.tensor([float(x) for x in training[k].split()]) for k in ("mean", "std"))
+    unlike = common.distance(features, mean, std) / training["limit"]
+    n, over = len(unlike), int((unlike > 1).sum())
+    square = ((features - mean) / std).mean(0).square().mean().item()
+    shift = math.sqrt(max(square - 1 / n, 0)) if n >= 20 else None
+    p = scipy.stats.binomtest(over, n, 0.01, alternative="greater").pvalue
+    elsewhere = bool(p < UNLIKE_P or (shift or 0) >= SHIFT)
+    return unlike, {"n": n, "over": over, "p": float(p), "shift": shift, "elsewhere": elsewhere}
+
+
+def describe_unlike(group, table):
+    """Lines for the screen on the images that are unlike those of training, and warnings."""
+    if group is None:
+        return [], []
+    rows = [row for row in np.argsort(-table.unlike) if table.unlike[row] > 1]
+    names = ", ".join(table.files[row] for row in rows[: common.SHOWN])
+    more = ", ..." if rows[common.SHOWN :] else ""
+    shift = "" if group["shift"] is None else f", shift {group['shift']:.2f}"
+    which = f"{group['over']} of {group['n']} images (1 in 100 expected){shift}"
+    lines = [f"Unlike the training images: {which}{': ' * bool(rows)}{names}{more}"]
+    if not group["elsewhere"]:
+        return lines, []
+    where = "these images come from elsewhere (another machine, another framing, negatives)"
+    hold = "threshold and probabilities may not hold for them; train on images of that source"
+    return lines, [f"{which} are unlike those of training: {where}: {hold}"]
 
 
 def write_predictions(path, table, threshold):
+    columns = list(dict.fromkeys(column for about in table.about for column in about))
     with replacing(path, "w") as file:
         writer = csv.writer(file)
-        writer.writerow(("file", "label", "probability", "prediction", "error"))
-        for name, label, prob, error in zip(*table, strict=True):
+        writer.writerow((*COLUMNS, *columns))
+        for name, label, prob, error, unlike, patient, about in zip(*table, strict=True):
             found = ("", "") if error else (f"{prob:.9g}", CLASSES[int(prob > threshold)])
-            writer.writerow((name, "" if label is None else CLASSES[label], *found, error))
+            known = "" if math.isnan(unlike) else f"{unlike:.3f}"
+            label = "" if label is None else CLASSES[label]
+            others = (about.get(column, "") for column in columns)
+            writer.writerow((name, label, *found, error, known, patient or "", *others))
 
 
 def read_predictions(path):
@@ -171,24 +242,34 @@ def read_predictions(path):
         rows = [(reader.line_num, row) for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise Failure(f"{path}: not a CSV file ({error})") from None
-    for column in ("file", "label", "probability"):
-        if column not in (reader.fieldnames or ()):
-            raise wrong(1, column, "its name", ",".join(reader.fieldnames or ()))
-    found, columns = {}, ("file", "label", "probability", "error")
+    columns = reader.fieldnames or []
+    for column in COLUMNS[:3]:
+        if column not in columns:
+            raise wrong(1, column, "its name", ",".join(columns))
+    found = {}
     for number, row in rows:
-        name, label, prob, error = (row.get(column) or "" for column in columns)
+        name, label, prob, _, error, unlike, patient = (row.get(key) or "" for key in COLUMNS)
         if not name or name in found:
             raise wrong(number, "file", "a name that no other row has", name)
         if label not in CLASSES:
             raise wrong(number, "label", " or ".join(CLASSES), label)
         try:
-            found[name] = CLASSES.index(label), math.nan if error else probability(prob), error
+            prob = math.nan if error else probability(prob)
         except (ValueError, argparse.ArgumentTypeError):
             raise wrong(number, "probability", "a number from 0 to 1", prob) from None
+        try:
+            unlike = float(unlike or math.nan)
+        except ValueError:
+            raise wrong(number, "unlike", "a number", unlike) from None
+        if "patient" not in columns:
+            patient = common.patient_of(Path(name).name)
+        about = {key: row[key] for key in columns if key not in COLUMNS and row[key]}
+        found[name] = CLASSES.index(label), prob, error, unlike, patient or None, about
     if not found:
         raise wrong(2, "file", "a row for each image", "")
-    labels, probs, errors = zip(*found.values(), strict=True)
-    return Table(list(found), list(labels), np.array(probs, np.float32), list(errors))
+    labels, probs, errors, unlike, patients, about = map(list, zip(*found.values(), strict=True))
+    probs, unlike = np.array(probs, np.float32), np.array(unlike, np.float32)
+    return Table(list(found), labels, probs, errors, unlike, patients, about)
 
 
 # ---------------------------------------------------------------- scores with their intervals
@@ -220,18 +301,6 @@ def bootstrap(table, statistic, seed, method):
     return found, min(map(len, rows_of))
 
 
-def scores_of(probs, labels, threshold, names):
-    """[float], scores as common.score has them, without its checks: for thousands of draws."""
-    functions = {
-        "accuracy": partial(tm.binary_accuracy, threshold=threshold),
-        "f1": partial(tm.binary_f1_score, threshold=threshold),
-        "auroc": tm.binary_auroc,
-        "average_precision": tm.binary_average_precision,
-        "brier": lambda probs, labels, validate_args: (probs - labels).square().mean(),
-    }
-    return [float(functions[name](probs, labels, validate_args=False)) for name in names]
-
-
 def measure(table, threshold, seed):
     """({name: {value, low, high}}, counts) of all scores; a Failure where a class is missing."""
     for label, name in enumerate(CLASSES):
@@ -250,7 +319,7 @@ def measure(table, threshold, seed):
     for method, names in (("percentile", ("auroc", "average_precision")), ("BCa", ("f1", "brier"))):
 
         def statistic(rows, names=names):
-            return scores_of(probs[rows], labels[rows], threshold, names)
+            return [*common.score(probs[rows], labels[rows], threshold, names).values()]
 
         drawn, m = bootstrap(table, statistic, seed, method)
         limits = zip(names, drawn.standard_error, *drawn.confidence_interval, strict=True)
@@ -293,16 +362,49 @@ def wald(value, error):
     }
 
 
-def measure_subgroups(table, threshold):
-    """{name: {metric, n, value, low, high}} of the groups that the patients in the names tell."""
-    found, patients = {}, [patient or "" for patient in table.patients()]
+def measure_subgroups(table, threshold, seed):
+    """{name: {group, metric, n, value, low, high}} by names, and by the columns of metadata.csv.
+
+    Names: the etiologies and series of the reference data. Columns: those of 2 to 10 values.
+    """
+    positive, parts = table.labels == 1, {}
+    names = [common.patient_of(Path(file).name) or "" for file in table.files]
     for name, label in SUBGROUPS.items():
-        inside = [patient.startswith(name) or patient.endswith(name) for patient in patients]
-        right = (table.probs[inside & (table.labels == label)] > threshold) == label
-        if len(right):
-            about = {"metric": ("specificity", "sensitivity")[label], "n": len(right)}
-            found[name.strip("_-")] = about | wilson(int(right.sum()), len(right))
+        inside = np.array([patient.startswith(name) or patient.endswith(name) for patient in names])
+        group, metric = name.strip("_-"), ("specificity", "sensitivity")[label]
+        parts[group] = group, metric, inside & (positive == label)
+    for column in dict.fromkeys(key for about in table.about for key in about):
+        values = np.array([about.get(column, "") for about in table.about])
+        known = sorted(set(values) - {""})
+        for value in known if 2 <= len(known) <= 10 else ():
+            group, inside = f"{column} {value}", values == value
+            parts[f"{group}, sensitivity"] = group, "sensitivity", inside & positive
+            parts[f"{group}, specificity"] = group, "specificity", inside & ~positive
+            parts[f"{group}, auroc"] = group, "auroc", inside
+    found = {}
+    for name, (group, metric, inside) in parts.items():
+        part = table.select(np.flatnonzero(inside))
+        if metric == "auroc" and len(set(part.labels)) == 2:
+            interval_of = auroc_of(part, seed)
+        elif metric != "auroc" and part.files:
+            right = (part.probs > threshold) == part.labels
+            interval_of = wilson(int(right.sum()), len(right))
+        else:
+            continue
+        found[name] = {"group": group, "metric": metric, "n": len(part.files)} | interval_of
     return found
+
+
+def auroc_of(table, seed):
+    """{value, low, high}."""
+
+    def statistic(rows):
+        return [*aurocs(table.probs[None, rows], table.labels[rows])]
+
+    drawn, m = bootstrap(table, statistic, seed, "percentile")
+    (value,), (sd,) = statistic(range(len(table.files))), drawn.standard_error
+    low, high = logit_interval(value, sd, m) if sd > 1e-6 else (value, value)
+    return {"value": float(value), "low": float(low), "high": float(high)}
 
 
 def measure_calibration(table, model):
@@ -342,13 +444,13 @@ def compare(args, table, threshold, seed):
     order = [row[file] for file in table.files]
     if (odd := table.labels != other.labels[order]).any():
         raise Failure(f"{args.compare}: {table.files[odd.argmax()]} has another label there")
-    other = other._replace(files=table.files, labels=table.labels, probs=other.probs[order])
+    other = table._replace(probs=other.probs[order])
     labels, mine, theirs = map(torch.from_numpy, (table.labels, table.probs, other.probs))
 
     def differences(rows):
-        here = scores_of(mine[rows], labels[rows], threshold, COMPARED)
-        there = scores_of(theirs[rows], labels[rows], other_threshold, COMPARED)
-        return np.subtract(here, there)
+        here = common.score(mine[rows], labels[rows], threshold, COMPARED)
+        there = common.score(theirs[rows], labels[rows], other_threshold, COMPARED)
+        return [here[name] - there[name] for name in COMPARED]
 
     right_here = (table.probs > threshold) == table.labels
     right_there = (other.probs > other_threshold) == table.labels
@@ -515,7 +617,7 @@ def class_maps(model, pixels):
 
     hooks = [module.register_forward_hook(keep) for module in network.modules()]
     with torch.inference_mode():
-        features = network(common.NORMALIZE(pixels.to(device)))
+        features = network(model.backbone.normalize(pixels.to(device)))
     for hook in hooks:
         hook.remove()
     # compared only now: a DenseNet's last ReLU changes the map in place
@@ -705,7 +807,7 @@ def draw_worst(path, model, images, table, report):
 # ---------------------------------------------------------------- the screen
 
 
-def print_report(report):
+def print_report(report, table):
     """The reference's two lines, then everything in metrics.json, for the eye."""
     model, metrics, word = report["model"] or {}, report["metrics"], report["split"].capitalize()
     print(f"{word} accuracy: {metrics['accuracy']['value']:.3f}")
@@ -721,8 +823,8 @@ def print_report(report):
     for name, each in metrics.items():
         value, _, between = interval(each).partition(" ")
         print(f"{name:18} {value:>9}   {between.strip('()')}".rstrip())
-    for name, each in report["subgroups"].items():
-        print(f"  {each['metric'] + ', ' + name:24} {interval(each)}, n = {each['n']}")
+    for each in report["subgroups"].values():
+        print(f"  {each['metric'] + ', ' + each['group']:24} {interval(each)}, n = {each['n']}")
     if alike := report["without_spread"]:
         print(f"Every bootstrap sample has the same {', '.join(alike)}: no interval can be given")
     if report["n"] > 1.2 * report["patients"]:
@@ -732,16 +834,18 @@ def print_report(report):
     print(f"\n{'':22}{'predicted NORMAL':>18}{'predicted PNEUMONIA':>22}")
     print(f"{'truth NORMAL':22}{counts['tn']:>18}{counts['fp']:>22}")
     print(f"{'truth PNEUMONIA':22}{counts['fn']:>18}{counts['tp']:>22}\n")
-    print_checks(report)
+    print_checks(report, table)
 
 
-def print_checks(report):
-    """Calibration, the best single number and the other model, each where there is one."""
+def print_checks(report, table):
+    """Calibration, unlike images, the best single number, the other model, where there is one."""
     calibration, numbers, other = report["calibration"], report["shortcut"], report["comparison"]
     print(
         f"Calibration: intercept {interval(calibration['intercept'])}, 0 if right; "
         f"slope {interval(calibration['slope'])}, 1 if right"
     )
+    for line in describe_unlike(report["unlike"], table)[0]:
+        print(line)
     if numbers and "none" in numbers:
         print(f"One number instead of the network: none to compare with ({numbers['none']})")
     elif numbers:
@@ -775,18 +879,26 @@ def summarise(report, table, args):
     return report | {
         "n": len(readable.files),
         "patients": len(set(readable.clusters())),
-        "names_without_patient": readable.patients().count(None),
+        "names_without_patient": readable.patients.count(None),
         "unreadable": len(table.files) - len(readable.files),
         "positive": CLASSES[1],
         "counts": counts,
         "metrics": metrics,
         "intervals": INTERVALS.format(**about),
         "without_spread": [k for k, v in drawn.items() if v["low"] == v["high"] is not None],
-        "subgroups": measure_subgroups(readable, threshold),
+        "subgroups": measure_subgroups(readable, threshold, args.seed),
         "calibration": measure_calibration(readable, report["model"] or {}),
+        "warnings": report["warnings"] + below_chance(metrics["auroc"]),
         "comparison": compare(args, readable, threshold, args.seed) if args.compare else None,
         "versions": {"python": platform.python_version()} | versions,
     }
+
+
+def below_chance(auroc):
+    """A warning where the scores are worse than a coin, which no honest mistake makes them."""
+    if auroc["high"] >= 0.5:
+        return []
+    return [f"AUROC {interval(auroc)} is far below chance: are the class folders swapped?"]
 
 
 def write_report(folder, report, table):
@@ -798,21 +910,22 @@ def write_report(folder, report, table):
 def score_split(args):
     """DIR/test, or another split, with its labels."""
     images = common.read_split(args.data_dir, args.split)[args.split]
-    model = load_model(args.checkpoint, args.device)
+    model = load_model(args.checkpoint, args.device, args.arch)
     require_outputs(args, model, "metrics.json", "predictions.csv")
     names = [image.path.relative_to(args.data_dir) for image in images]
-    table, bad = predict(model, images, names, args)
+    table, bad, unlike = predict(model, images, names, args)
     images = [images[row] for row in common.without_bad(images, bad, args.skip_bad)]
 
     report = {"split": args.split, "model": describe_model(args.checkpoint, model.info)}
-    report |= {"warnings": model.warnings + find_leaks(args, model, images)}
+    report |= {"warnings": model.warnings + find_leaks(args, model, images), "unlike": unlike}
     report |= choose_threshold(args, model.info, args.checkpoint.with_suffix(".json"))
     report = summarise(report, table, args)
+    report["warnings"] += describe_unlike(unlike, table.readable())[1]
     test = args.split == "test"
     report["shortcut"] = numbers_instead(args, images, table.readable()) if test else None
     write_report(args.results_dir, report, table)
     draw_worst(args.results_dir / "worst.png", model, images, table.readable(), report)
-    print_report(report)
+    print_report(report, table.readable())
     if args.cam:
         write_overlays(args.cam, model, images)
     print(f"Written: metrics.json, predictions.csv and pictures in {args.results_dir}")
@@ -823,19 +936,20 @@ def score_split(args):
 def classify(args):
     """New images: files, and the images directly inside folders."""
     images, path = named_images(args.images), args.results_dir / "new_predictions.csv"
-    model = load_model(args.checkpoint, args.device)
+    model = load_model(args.checkpoint, args.device, args.arch)
     require_outputs(args, model, path.name)
-    table, bad = predict(model, images, [image.path for image in images], args)
+    table, bad, unlike = predict(model, images, [image.path for image in images], args)
     chosen = choose_threshold(args, model.info, args.checkpoint.with_suffix(".json"))
     threshold, replaced = chosen["threshold"], path.exists()
     write_predictions(path, table, threshold)
     print(f"Model {args.checkpoint}, threshold {threshold:.4g} ({chosen['threshold_from']})\n")
     width = max(map(len, table.files))
     print(f"{'file':{width}}  P(PNEUMONIA)  prediction")
-    for name, _, prob, error in zip(*table, strict=True):
+    for name, _, prob, error, far, *_ in zip(*table, strict=True):
         shown = "-" if error else f"{prob:.3f}"
-        print(f"{name:{width}}  {shown:>12}  {error or CLASSES[int(prob > threshold)]}")
-    for warning in model.warnings:
+        odd = f", unlike the training images ({far:.2g})" if far > 1 else ""
+        print(f"{name:{width}}  {shown:>12}  {error or CLASSES[int(prob > threshold)]}{odd}")
+    for warning in model.warnings + describe_unlike(unlike, table)[1]:
         common.warn(warning)
     if args.cam:
         readable = [image for row, image in enumerate(images) if row not in bad]
@@ -851,9 +965,9 @@ def named_images(paths):
     for path in paths:
         if not path.is_dir() and not path.is_file():
             raise Failure(f"{path}: expected an image or a folder, found no such file")
-        inside = common.list_images(path) if path.is_dir() else [path]
+        inside = common.list_images(path, others=True) if path.is_dir() else [path]
         if not inside:
-            expected = f"expected images ({' '.join(sorted(common.SUFFIXES))}) directly inside"
+            expected = f"expected images ({common.image_suffixes()}) directly inside"
             raise Failure(f"{path}: {expected}, found none")
         found += inside
     return [Image(path, None, common.hash_file(path)) for path in found]
@@ -871,7 +985,7 @@ def score_again(args):
     table, before = read_predictions(args.source), report_beside(args.source)
     if args.results_dir:
         require_outputs(args, None, "metrics.json", "predictions.csv")
-    report = {"split": args.split, "model": None, "shortcut": None, "warnings": []}
+    report = {"split": args.split, "model": None, "shortcut": None, "warnings": [], "unlike": None}
     report |= {key: before[key] for key in report if key in before}
     report |= choose_threshold(args, before, args.source.with_name("metrics.json"))
     report = summarise(report, table, args)
@@ -885,7 +999,7 @@ def score_again(args):
         report |= {"shortcut": None, "warnings": [*report["warnings"], about]}
     if args.results_dir:
         write_report(args.results_dir, report, table)
-    print_report(report)
+    print_report(report, table.readable())
     if args.results_dir:
         print(f"Written: metrics.json, predictions.csv and pictures in {args.results_dir}")
         print("Not drawn again, for want of the images: worst.png")
@@ -921,13 +1035,15 @@ def probability(text):
 
 
 def parse_args(argv=None):
-    parser = common.Parser(__doc__)
+    parser = common.Parser("evaluate.py", __doc__)
     add, none = parser.add_argument, argparse.SUPPRESS  # SUPPRESS: no "default: None" in the help
-    parser.set_defaults(images=[], threshold=None, cam=None, source=None, compare=None)
+    parser.set_defaults(images=[], threshold=None, cam=None, source=None, compare=None, arch=None)
     common.add_flags(parser, *common.RUN_FLAGS)
     # fmt: off
     add("images", nargs="*", type=Path, default=none, metavar="FILE_OR_FOLDER",
         help="classify these, not a split")
+    add("--arch", default=none, metavar="NAME",
+        help="the network of a --checkpoint without model.json (default: resnet50)")
     add("--split", choices=("test", "val", "train"), default="test", help="the images to score")
     add("--threshold", type=probability, default=none, metavar="T",
         help="P(PNEUMONIA) above which an image is PNEUMONIA, 0 to 1 (default: the one stored "
@@ -954,7 +1070,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     command = score_again if args.source else classify if args.images else score_split
-    return common.run(command, args)
+    return common.run(command, args, "evaluate.py")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ file that is moved. A second run moves nothing; a run that was interrupted is co
     python split_val.py --data-dir data/chestxrays --check    # leaks, duplicates, shortcuts, shift
 """
 
+import argparse
 import contextlib
 import errno
 import hashlib
@@ -18,13 +19,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import common  # first: it says what to do where a package is missing
+from common import CLASSES, METADATA, SPLIT_FILE, Failure, warn
+
+# isort: split
 import numpy as np
 import PIL.Image
 from scipy import fft
 from scipy.ndimage import gaussian_filter
-
-import common
-from common import CLASSES, SPLIT_FILE, Failure, patient_key, patient_of, warn
 
 try:
     import fcntl
@@ -34,15 +36,15 @@ except ImportError:  # Windows: no lock, run one split_val.py at a time
 # ---------------------------------------------------------------- the choice of patients
 
 
-def choose_patients(paths, n, seed):
+def choose_patients(images, n, seed):
     """{class: sorted file names} of whole patients, at most n images a class.
 
     Patients come in the order of the SHA-256 of seed and name, the same on every machine and in
     every version of Python, and each is taken that does not push a class over n.
     """
     patients, counts, taken = {}, Counter(), []
-    for path in paths:
-        patients.setdefault(patient_key(path), []).append(path)
+    for image in images:
+        patients.setdefault(image.group, []).append(image.path)
 
     def draw(patient):
         return hashlib.sha256(os.fsencode(f"{seed}/{patient}")).digest()
@@ -72,24 +74,37 @@ def plan_split(data_dir, n, seed):
     """The record of a split, split_val.json, which is its plan; writes nothing."""
     splits = ["train"] + ["test"] * (data_dir / "test").exists()
     found = common.read_split(data_dir, *splits)
-    train = [image.path for image in found["train"]]
+    train = found["train"]
     if unreadable := [image.path for split in splits for image in found[split] if not image.digest]:
         raise Failure(
             f"{unreadable[0]}: cannot be read ({len(unreadable)} such images); repair or remove it"
         )
-    present = by_class(train)
-    if n >= min(map(len, present.values())):
+    present = by_class([image.path for image in train])
+    smaller = min(map(len, present.values()))
+    third = max(1, min(smaller // 3, 50))  # what the reference takes, 50 of 150, and fits any set
+    wanted, n = n, n or third
+    if n >= smaller:
         has = f"{data_dir / 'train'} has {count(present)} images"
-        raise Failure(f"--per-class {n}: {has}, and some of each must stay; ask less")
+        less = f"ask less, as --per-class {third} (make: PER_CLASS={third})"
+        raise Failure(f"--per-class {n}: {has}, and some of each must stay; {less}")
     moved = choose_patients(train, n, seed)
     if not all(moved.values()):
-        together = "a patient's images stay together"
-        raise Failure(f"--per-class {n}: {together}, and no choice of patients is that small")
-    if any(len(files) < n for files in moved.values()):
+        together = f"a patient's images stay together, {count_patients(train)} patients in train/"
+        others = (
+            f"ask for more with --per-class (make: PER_CLASS=), or see patient_id in {METADATA}"
+        )
+        raise Failure(f"--per-class {n}: {together}, and no choice is that small; {others}")
+    if wanted and any(len(files) < n for files in moved.values()):
         warn(f"whole patients give {count(moved)} images, not {n} of each")
-    if unknown := sum(patient_of(path.name) is None for path in train):
-        warn(f"{unknown} names in train/ tell no patient; each counts as a patient of its own")
-    return {"seed": seed, "per_class": n, "moved": moved}
+    if unknown := sum(image.patient is None for image in train):
+        tell = f"{data_dir / METADATA} with columns file_name and patient_id can tell them"
+        warn(f"{unknown} names in train/ tell no patient, each counts as one of its own; {tell}")
+    return {"seed": seed, "per_class": n, "moved": moved, "patients": count_patients(train, moved)}
+
+
+def count_patients(images, moved=None):
+    """How many patients the images have, or those of them that are moved, {class: names}."""
+    return len({i.group for i in images if not moved or i.path.name in moved[CLASSES[i.label]]})
 
 
 def list_val(data_dir):
@@ -127,7 +142,9 @@ def list_moves(data_dir, moved, source, target):
             raise Failure(f"{new}: exists already, and so does {old}; remove one of them")
     for folder in list_folders(data_dir) if moves else ():
         if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
-            raise Failure(f"{folder}: not writable, images are to be moved; change its permissions")
+            links = f"split_val.py --data-dir NEW --link-from {data_dir}"
+            links += f" (make: DATA=NEW LINK_FROM={data_dir}) makes a tree of links"
+            raise Failure(f"{folder}: not writable, images are to be moved; {links}")
     if gone := [old for old, new in pairs if not os.path.lexists(old) and not os.path.lexists(new)]:
         warn(f"{gone[0].name}: gone since the split ({len(gone)} such images)")
     return moves
@@ -179,11 +196,36 @@ def lock(data_dir):
         os.close(folder)
 
 
+def link_images(data_dir, source):
+    """Makes the tree of data_dir out of links to the images of `source`, which stays as it is."""
+    source, made = source.resolve(), 0
+    if source == data_dir.resolve():
+        raise Failure(
+            f"--link-from {source}: is --data-dir itself; name another folder for the links"
+        )
+    splits = ["train", *(each for each in ("val", "test") if (source / each).is_dir())]
+    for split in splits:
+        for path, label in common.list_split(source, split):
+            places = [data_dir / each / CLASSES[label] / path.name for each in (split, "val")]
+            if not any(map(os.path.lexists, places)):  # neither linked already, nor moved since
+                places[0].parent.mkdir(parents=True, exist_ok=True)
+                places[0].symlink_to(path)
+                made += 1
+    if (source / METADATA).exists() and not os.path.lexists(data_dir / METADATA):
+        (data_dir / METADATA).symlink_to(source / METADATA)
+    print(f"Linked {made} images of {source} into {data_dir}")
+
+
 def split(args):
     """Writes the plan first and then renames what remains of it, so that any run completes it."""
     data_dir, path = args.data_dir, args.data_dir / SPLIT_FILE
+    if args.link_from:
+        data_dir.mkdir(parents=True, exist_ok=True)
     with lock(data_dir):
         record, val = common.read_json(path), list_val(data_dir)
+        if args.link_from:
+            link_images(data_dir, args.link_from)
+            val = list_val(data_dir)
         if record is None and any(val.values()):
             keep_foreign(data_dir, val)
             return
@@ -198,8 +240,7 @@ def split(args):
         if record is None:
             common.write_json(path, plan)
         move(data_dir, moves)
-    moved = [Path(name, file) for name in CLASSES for file in plan["moved"][name]]
-    what = f"{count(plan['moved'])} images of {len(set(map(patient_key, moved)))} patients"
+    what = f"{count(plan['moved'])} images of {plan['patients']} patients"
     print(f"Moved {what} from {data_dir / 'train'} to {data_dir / 'val'} (seed {plan['seed']})")
 
 
@@ -212,13 +253,11 @@ def keep_foreign(data_dir, val):
 
 def warn_of_flags(args, record):
     """Says where the user asks for another split than the one that is there."""
-    default = parse_args([])
-    for flag in ("per_class", "seed"):
-        if getattr(args, flag) not in (record[flag], getattr(default, flag)):
-            there = f"--per-class {record['per_class']} --seed {record['seed']}"
-            remedy = "for another split run split_val.py --undo first"
-            warn(f"{args.data_dir}: split with {there}, which stays; {remedy}")
-            return
+    asked = (args.per_class or record["per_class"], args.seed or record["seed"])
+    if asked != (record["per_class"], record["seed"]):
+        there = f"--per-class {record['per_class']} --seed {record['seed']}"
+        remedy = "for another split run split_val.py --undo first"
+        warn(f"{args.data_dir}: split with {there}, which stays; {remedy}")
 
 
 def undo(args):
@@ -252,32 +291,32 @@ class Xray(NamedTuple):
     label: int  # index into CLASSES
     digest: str  # SHA-256 of the file
     pixels: str  # SHA-256 of the grey levels as decoded
-    patient: str  # by the strict key, as the cautious one merges patients; else the file itself
+    patient: str  # not the group, which may merge patients; else the file itself
     numbers: dict  # of common.image_numbers
     properties: tuple  # size, mode and format as the report names them
     thumbnail: np.ndarray  # uint8 (96, 96), grey
 
 
-def look_at(path):
+def look_at(image):
     """An Xray, or (file, reason) where the image cannot be read."""
+    path = image.path
     split, name = path.parts[-3:-1]
     file = f"{split}/{name}/{path.name}"
     try:
-        numbers, grey, file_format = common.image_numbers(path)
-        with PIL.Image.open(path, formats=common.FORMATS) as image:
-            properties = f"{image.width}x{image.height}", image.mode, file_format
-    except MemoryError:
-        raise
+        numbers, grey, scan = common.image_numbers(path)
+        properties = "{}x{}".format(*scan.size), scan.mode, scan.format
     except Exception as error:  # damaged files make decoders raise nearly anything
+        if common.is_no_fault_of_the_file(error):
+            raise
         return file, common.explain_unreadable(path, error)
     return Xray(
         file=file,
         folder=f"{split}/{name}",
         split=split,
         label=CLASSES.index(name),
-        digest=common.hash_file(path),
+        digest=image.digest,
         pixels=hashlib.sha256(f"{grey.size}".encode() + grey.tobytes()).hexdigest(),
-        patient=patient_of(path.name) or file,
+        patient=image.patient or file,
         numbers=numbers,
         properties=properties,
         thumbnail=np.asarray(grey.resize((96, 96), PIL.Image.Resampling.BOX)),
@@ -292,6 +331,7 @@ def look_at(path):
 # the pairs of different images 2 % are above CANDIDATE_LIMIT; in detail none is above 0.55 (if
 # mirrored 0.47, as negative 0.40), of 750 phantoms, whose spines are alike, none above 0.89.
 CANDIDATE_LIMIT, COPY_LIMIT = 0.92, 0.9
+NEGATIVE_LIMIT = -0.2  # of the reference none correlates below 0.32 with what all have in common
 MAX_CANDIDATES = 200_000  # pairs to look at closely, the most alike first: half a minute
 SHIFTS = np.arange(-3, 4)  # pixels of a thumbnail: 7 of 224
 RAMP = np.minimum(np.minimum(np.arange(88) + 0.5, 87.5 - np.arange(88)) / 8, 1)
@@ -370,13 +410,32 @@ def report_duplicates(report, xrays):
         report[level].append(f"{a.file} is {what} as {b.file} (correlation {alike})")
 
 
+def report_negatives(report, xrays):
+    """Adds to the report the images that look like negatives of the others.
+
+    What all have in common is the first principal component of their blurred thumbnails.
+    """
+    blurred = np.stack(
+        [unit(gaussian_filter(np.float32(x.thumbnail), 6)[3::6, 3::6]) for x in xrays]
+    )
+    blurred = blurred.reshape(len(xrays), -1)
+    common_part = np.linalg.eigh(blurred.T @ blurred)[1][:, -1]
+    alike = blurred @ common_part
+    alike *= np.sign(np.median(alike))
+    found = report["negatives"] = [
+        x.file for x, value in zip(xrays, alike, strict=True) if value < NEGATIVE_LIMIT
+    ]
+    if found:
+        which = f"{len(found)} images look like negatives of the others, as {found[0]}"
+        report["warnings"].append(f"{which}; invert them, or remove them")
+
+
 def report_patients(report, xrays):
     """Adds to the report the patients in several splits, and those of several images in one."""
     unknown = report["no_patient"] = [xray.file for xray in xrays if xray.patient == xray.file]
     if unknown:
-        report["warnings"].append(
-            f"{unknown[0]}: the name tells no patient ({len(unknown)} such images)"
-        )
+        which = f"{unknown[0]}: the name tells no patient ({len(unknown)} such images)"
+        report["warnings"].append(f"{which}; {METADATA} with file_name and patient_id can tell it")
     patients, across = {}, {}
     pairs = dict.fromkeys([xray.split for xray in xrays], 0)
     for xray in xrays:
@@ -562,9 +621,14 @@ def examine(data_dir):
     common.read_split(data_dir)  # a Failure where a split was interrupted
     splits = ["train"] + ["val"] * any(list_val(data_dir).values())
     splits += ["test"] * (data_dir / "test").exists()
-    paths = [path for split in splits for path, _ in common.list_split(data_dir, split)]
+    listed = [each for split in splits for each in common.list_split(data_dir, split, others=True)]
+    rows = common.read_metadata(data_dir)
+
+    def look(path, label):
+        return look_at(common.identify(path, label, common.hash_file(path), rows))
+
     with ThreadPoolExecutor() as pool:
-        looks = list(pool.map(look_at, paths))
+        looks = list(pool.map(look, *zip(*listed, strict=True)))
     xrays = [look for look in looks if isinstance(look, Xray)]
     unreadable = [look for look in looks if not isinstance(look, Xray)]
     images = Counter(xray.folder for xray in xrays)
@@ -579,6 +643,7 @@ def examine(data_dir):
         "warnings": [],
     }
     report_duplicates(report, xrays)
+    report_negatives(report, xrays)
     report_patients(report, xrays)
     report_properties(report, xrays)
     report_shortcuts(report, xrays)
@@ -639,14 +704,23 @@ def check(args):
 
 
 def parse_args(argv=None):
-    parser = common.Parser(__doc__)
+    parser = common.Parser("split_val.py", __doc__)
+    parser.set_defaults(per_class=None, link_from=None)
     common.add_flags(parser, "--data-dir", "--seed")
     parser.add_argument(
         "--per-class",
         type=common.number(int, 1),
-        default=50,
+        default=argparse.SUPPRESS,
         metavar="N",
-        help="images of each class to move into val/",
+        help="images of each class to move into val/ (default: a third of the smaller class, at "
+        "most 50)",
+    )
+    parser.add_argument(
+        "--link-from",
+        type=Path,
+        default=argparse.SUPPRESS,
+        metavar="DIR",
+        help="make --data-dir of links to the images in DIR, which is only read, and split that",
     )
     verb = parser.add_mutually_exclusive_group()
     verb.add_argument("--undo", action="store_true", help="move val/ back into train/")
@@ -659,12 +733,14 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.json and not args.check:
         parser.error("--json needs --check")
+    if args.link_from and (args.check or args.undo):
+        parser.error("--link-from goes with a split only")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    return common.run(check if args.check else undo if args.undo else split, args)
+    return common.run(check if args.check else undo if args.undo else split, args, "split_val.py")
 
 
 if __name__ == "__main__":

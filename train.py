@@ -24,6 +24,10 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+import common  # first: it says what to do where a package is missing
+from common import CLASSES, Failure, replacing, warn
+
+# isort: split
 import numpy as np
 import PIL
 import torch
@@ -32,9 +36,6 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchvision.models import get_model_weights
 from tqdm import tqdm
-
-import common
-from common import CLASSES, Failure, replacing, warn
 
 # ---------------------------------------------------------------- weights
 
@@ -326,6 +327,17 @@ def load_features(backbone, images, n_views, args, device, dtype, compiled=False
     return features[kept] if bad else features, images, skipped
 
 
+def describe_features(views, val_features):
+    """For model.json: by which evaluate.py tells an image that is unlike those of training.
+
+    views: float32 (N, n_views, width), of which the first is the image; val_features: (M, width).
+    """
+    mean, std = Standardize(views[:, :1]).buffers()
+    limit = common.distance(val_features, mean, std).quantile(0.99).item()
+    in_a_line = (" ".join(f"{x:.4g}" for x in values.tolist()) for values in (mean, std))
+    return {**dict(zip(("mean", "std"), in_a_line, strict=True)), "limit": limit}
+
+
 def labels_of(images):
     return torch.tensor([float(image.label) for image in images])
 
@@ -342,7 +354,7 @@ def save_checkpoint(path, backbone, head, about):
     common.write_json(path.with_suffix(".json"), about | {"sha256": common.hash_file(path)})
 
 
-def describe(args, best, heads, images, skipped):
+def describe(args, backbone, best, heads, images, skipped):
     """What model.json says, but for what is fitted on val and the SHA-256 of the model."""
 
     def below(image):
@@ -351,7 +363,7 @@ def describe(args, best, heads, images, skipped):
     def plain(value):
         return value if isinstance(value, int | float) else str(value)
 
-    transforms = common.PREPARE, common.AUGMENT, common.NORMALIZE
+    transforms = common.PREPARE, common.AUGMENT, backbone.normalize
     packages = {"torch": torch, "torchvision": torchvision, "pillow": PIL}
     scores = ("epoch", "val_loss", "val_accuracy")
     return {
@@ -446,7 +458,7 @@ def split_folds(images, labels, n_folds, seed):
     """[rows of a fold], whole patients, the classes evenly spread, drawn from the seed."""
     from sklearn.model_selection import StratifiedGroupKFold
 
-    patients = [common.patient_key(image.path) for image in images]
+    patients = [image.group for image in images]
     splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
     # a class with fewer images than folds is warned of, or refused
     with contextlib.suppress(ValueError), warnings.catch_warnings():
@@ -554,7 +566,7 @@ def print_cross_validation(metrics, epochs, n, args):
 
 
 def parse_args(argv=None):
-    parser = common.Parser(__doc__)
+    parser = common.Parser("train.py", __doc__)
     common.add_flags(parser, *common.RUN_FLAGS)
     add, number = parser.add_argument, common.number
     # fmt: off
@@ -631,7 +643,8 @@ def train(args):
 
     fitted = {"threshold": threshold, "slope": slope, "intercept": intercept}
     images = {"train": train_images, "val": val_images}
-    described = describe(args, best, heads, images, skipped + val_skipped) | fitted
+    described = describe(args, backbone, best, heads, images, skipped + val_skipped) | fitted
+    described["features"] = describe_features(views, features)
     save_checkpoint(args.checkpoint, backbone, best.head, described)
     write_history(args.results_dir / "history.csv", best.history)
     kept = f"epoch {best.epoch} (val accuracy {best.val_accuracy:.3f}) in {args.checkpoint}"
@@ -648,7 +661,7 @@ def train(args):
 
 def main(argv=None):
     args = parse_args(argv)
-    return common.run(cross_validate if args.folds else train, args)
+    return common.run(cross_validate if args.folds else train, args, "train.py")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ import pickle
 import shutil
 import signal
 import stat
+import struct
 import sys
 import tarfile
 import time
+import zlib
 from importlib import import_module
 from pathlib import Path
 
@@ -79,6 +81,11 @@ def within(seconds):
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+def columns(table):
+    """The first 4 columns of a predictions.csv: all that a model without model.json gives."""
+    return [line.split(b",")[:4] for line in table.splitlines()]
 
 
 class Steps:
@@ -259,11 +266,11 @@ def absurd(state):
         "negative variance": state | {"bn.running_var": state["bn.running_var"] - 100},
         "missing key": {key: value for key, value in state.items() if key != "bn.bias"},
         "extra key": state | {"conv.bias": torch.zeros(8)},
-        "a prefix": {f"module.{key}": value for key, value in state.items()},
+        "two networks": {f"{at}.{k}": v for k, v in state.items() for at in ("query", "key")},
         "another shape": state | {"conv.weight": torch.zeros(8, 3, 3, 3)},
         "1000 outputs": state | {"fc.weight": torch.zeros(1000, 8), "fc.bias": torch.zeros(1000)},
         "no head": {key: value for key, value in state.items() if key[:2] != "fc"},
-        "nested": {"state_dict": state, "epoch": 3},
+        "two state dicts": {"state_dict": state, "ema": state, "epoch": 3},
         "a list": [1, 2],
         "an empty dict": {},
         "numbers as keys": {0: conv},
@@ -293,6 +300,33 @@ def black(size, mode="1", form="png", colour=0):
     return buffer.getvalue()
 
 
+def hidden():
+    """A black picture whose alpha channel is the radiograph."""
+    image, buffer = Image.new("LA", (256, 256)), io.BytesIO()
+    image.putalpha(Image.radial_gradient("L"))
+    image.save(buffer, "png")
+    return buffer.getvalue()
+
+
+def pages():
+    buffer, page = io.BytesIO(), Image.radial_gradient("L")
+    page.save(buffer, "tiff", save_all=True, append_images=[page])
+    return buffer.getvalue()
+
+
+def png_of_16_bits(colour_type, size=256):
+    """A PNG of 16 bits a channel (2: RGB, 4: grey and alpha), which Pillow cannot write."""
+    channels = {2: 3, 4: 2}[colour_type]
+    pixels = np.tile(np.arange(size, dtype=">u2")[None, :, None] * 16, (size, 1, channels))
+    lines = b"".join(b"\0" + row.tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", size, size, 16, colour_type, 0, 0, 0)
+    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+
+
 # name: (the file's name, its content or what it is a link to, why it cannot be read)
 BAD_IMAGES = {
     "empty": ("x.jpeg", b"", "the file is empty"),
@@ -307,6 +341,11 @@ BAD_IMAGES = {
     "bomb": ("x.png", black((9000, 9000)), "pixels, more than"),
     "larger bomb": ("x.png", black((14000, 14000)), "pixels"),
     "thread": ("x.png", picture(size=(3000, 1)), "no radiograph's shape"),
+    "one grey level": ("x.png", black((90, 90), "L"), "one single grey level"),
+    "picture in the alpha channel": ("x.png", hidden(), "one single grey level"),
+    "several pages": ("x.tiff", pages(), "2 pictures in one file"),
+    "16 bits in colour": ("x.png", png_of_16_bits(2), "16 bits a channel"),
+    "16 bits and alpha": ("x.png", png_of_16_bits(4), "16 bits a channel"),
     "not finite": ("x.tiff", black((90, 90), "F", "tiff", float("nan")), "not finite"),
     "dangling link": ("x.jpeg", "nowhere", "No such file"),
     "link to itself": ("x.jpeg", "x.jpeg", "symbolic links"),
@@ -340,7 +379,7 @@ def add_all_that_may_be(split):
         "grey and alpha.png": picture("LA"),
         "colour.webp": picture("RGB", form="webp"),
         "large.jpeg": picture(size=(700, 500), form="jpeg"),
-        "one pixel.png": picture(size=(1, 1)),
+        "two pixels.png": picture(size=(2, 1)),
         "ä b\n'\".PNG": picture(),
         os.fsdecode(b"x\xff.png"): picture(),
         "twin.jpeg": image.read_bytes(),

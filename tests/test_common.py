@@ -86,7 +86,7 @@ def test_a_rotated_photograph_is_turned_upright(phantom, tmp_path):
 def test_a_large_jpeg_is_decoded_small_but_never_below_what_the_network_sees(tmp_path):
     large = draw_phantom(np.random.default_rng(1), False, 1000)
     large.save(tmp_path / "a.jpeg", quality=90)
-    assert common.open_image(tmp_path / "a.jpeg").size == (250, 250)
+    assert common.open_image(tmp_path / "a.jpeg").grey.size == (250, 250)
     plain = large.resize((224, 224), Image.Resampling.BILINEAR)
     assert np.abs(grey(common.load_image(tmp_path / "a.jpeg", 0)) - grey(plain)).mean() < 2
 
@@ -128,13 +128,14 @@ def test_views_are_pinned_so_that_every_machine_draws_the_same(phantom):
 class Machine:
     """Stands in for hardware: the answers that torch would give."""
 
-    def __init__(self, monkeypatch, cuda=0, bf16=True, mps=False, cpu=()):
+    def __init__(self, monkeypatch, cuda=0, bf16=True, mps=False, cpu=(), broken=""):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(cpu, True))
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+        monkeypatch.setattr(common, "try_device", lambda name: broken if name != "cpu" else "")
 
 
 @pytest.mark.parametrize(
@@ -294,7 +295,7 @@ def test_other_weights_precision_window_or_transforms_never_reuse_a_vector(
     for name in ("PREPARE", "AUGMENT", "NORMALIZE"):
         with monkeypatch.context() as patch:
             patch.setattr(common, name, transforms.Compose([getattr(common, name)]))
-            extract(backbone, images[:2], 1, tmp_path)
+            extract(common.build_backbone("tinynet"), images[:2], 1, tmp_path)
             assert computed(capsys) == 2
     extract(backbone, images[:2], 1, tmp_path)
     assert computed(capsys) == 0
@@ -393,17 +394,17 @@ def test_a_written_file_takes_its_place_whole_or_not_at_all(tmp_path):
 def test_the_numbers_of_an_image_are_those_of_its_file(tmp_path):
     pixels = np.tile(np.arange(100, dtype=np.uint8)[:, None], (1, 60))
     Image.fromarray(pixels).convert("RGB").save(tmp_path / "a.jpeg", quality=83, subsampling=0)
-    numbers, picture, kind = common.image_numbers(tmp_path / "a.jpeg")
-    assert numbers["width"], numbers["height"] == (60, 100)
-    assert numbers["mode"] == 24 and kind == "JPEG" and numbers["JPEG quality"] == 83
+    numbers, picture, scan = common.image_numbers(tmp_path / "a.jpeg")
+    assert (numbers["width"], numbers["height"]) == scan.size == (60, 100)
+    assert numbers["mode"] == 24 and scan.format == "JPEG" and numbers["JPEG quality"] == 83
     assert numbers["file size"] == (tmp_path / "a.jpeg").stat().st_size
     assert numbers["mean"] == pytest.approx(49.5, abs=0.2)
     assert numbers["sharpness"] == pytest.approx(1, abs=0.1) and picture.mode == "L"
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "png")
     (tmp_path / "a.png").write_bytes(buffer.getvalue())
-    numbers, _, kind = common.image_numbers(tmp_path / "a.png")
-    assert (numbers["mode"], numbers["JPEG quality"], kind) == (8, 0, "PNG")
+    numbers, _, scan = common.image_numbers(tmp_path / "a.png")
+    assert (numbers["mode"], numbers["JPEG quality"], scan.format) == (8, 0, "PNG")
 
 
 def test_importing_the_scripts_prints_and_writes_nothing(tmp_path):

@@ -145,7 +145,9 @@ def write_rows(path, labels, probs, names=None):
 
 def table_of(files, labels, probs):
     probs = np.asarray(probs, np.float32)
-    return evaluate.Table(list(files), np.asarray(labels), probs, [""] * len(labels))
+    patients, unlike = [common.patient_of(file) for file in files], np.ones_like(probs)
+    about, errors = [{} for _ in files], [""] * len(labels)
+    return evaluate.Table(list(files), np.asarray(labels), probs, errors, unlike, patients, about)
 
 
 def plain_network(path):
@@ -291,8 +293,13 @@ def by_scikit_learn(labels, probs, threshold):
     }
 
 
-def quick_scores(probs, labels, threshold, names):
-    """evaluate.scores_of in numpy: ten times as quick, for simulations."""
+true_score = common.score
+
+
+def quick_score(probs, labels, threshold, names=common.SCORES):
+    """common.score of the bootstrap's draws in numpy: ten times as quick, for simulations."""
+    if len(names) > 2:
+        return true_score(probs, labels, threshold, names)
     order, found = np.argsort(-probs.numpy()), probs.numpy() > np.float32(threshold)
     p, y = probs.numpy()[order], labels.numpy()[order]
     last = np.append(p[1:] != p[:-1], True)  # of equal scores
@@ -302,13 +309,12 @@ def quick_scores(probs, labels, threshold, names):
     scores = {"f1": 2 * hits.sum() / max(1, found.sum() + tp[-1]), "auroc": area / tp[-1] / fp[-1]}
     scores["average_precision"] = (np.diff(tp, prepend=0) * tp / n).sum() / tp[-1]
     scores["brier"] = np.square(p - y).mean()
-    return [float(scores[name]) for name in names]
+    return {name: float(scores[name]) for name in names}
 
 
 def test_every_number_equals_scikit_learn_and_scipy_on_100_score_vectors(monkeypatch):
     monkeypatch.setattr(evaluate, "DRAWS", 5)
-    scores_of, names = evaluate.scores_of, ("f1", "auroc", "average_precision", "brier")
-    monkeypatch.setattr(evaluate, "scores_of", quick_scores)
+    monkeypatch.setattr(common, "score", quick_score)
     for case, (labels, probs, threshold) in enumerate(score_vectors()):
         files = [f"{i}.png" for i in range(len(labels))]
         metrics, counts = evaluate.measure(table_of(files, labels, probs), threshold, 0)
@@ -318,9 +324,9 @@ def test_every_number_equals_scikit_learn_and_scipy_on_100_score_vectors(monkeyp
             near = None if value is None else pytest.approx(value, abs=1e-6)
             assert metrics[name]["value"] == near, (case, name)
         tensors = torch.from_numpy(probs), torch.from_numpy(labels)
-        for scores in (scores_of, quick_scores):  # of the bootstrap
-            drawn = scores(*tensors, threshold, names)
-            assert drawn == pytest.approx([expected[name] for name in names], abs=1e-6), case
+        for names in (("f1", "auroc"), ("average_precision", "brier")):  # of the bootstrap
+            drawn = quick_score(*tensors, threshold, names)
+            assert drawn == pytest.approx({name: expected[name] for name in names}, abs=1e-6), case
         found = probs > np.float32(threshold)
         tn, fp, fn, tp = sklearn.metrics.confusion_matrix(labels, found, labels=[0, 1]).ravel()
         assert counts == {"tp": tp, "fp": fp, "tn": tn, "fn": fn}
@@ -355,7 +361,7 @@ DESIGNS = [(40, 40, 1), (60, 15, 1), (30, 30, 3)]  # equal classes, 1 to 4, thre
 
 def test_the_intervals_of_the_scores_hold_the_truth_as_often_as_they_say(monkeypatch):
     monkeypatch.setattr(evaluate, "DRAWS", 100)
-    monkeypatch.setattr(evaluate, "scores_of", quick_scores)
+    monkeypatch.setattr(common, "score", quick_score)
     rng, runs = np.random.default_rng(0), 40
     pooled = dict.fromkeys(("auroc", "average_precision", "f1", "brier"), 0)
     for normal, pneumonia, each in DESIGNS:
@@ -681,8 +687,8 @@ def test_a_model_json_of_another_model_is_not_believed(run, remake, scored, tmp_
     assert "DOES NOT BELONG" in capsys.readouterr().err
     assert report["threshold"] == 0.5 and report["calibration"]["platt"]["slope"] == 1
     assert report["model"]["epoch"] is None and report["model"]["arch"] == "tinynet"
-    again, before = (folder / "predictions.csv" for folder in (tmp_path / "results", scored[0]))
-    assert again.read_bytes() == before.read_bytes()  # the window is taken from it
+    again, before = (read_probs(f / "predictions.csv") for f in (tmp_path / "results", scored[0]))
+    assert again == before  # the window is taken from it
 
 
 def test_a_bare_state_dict_is_a_resnet50_without_a_window_with_a_note(run, data, tmp_path, capsys):
@@ -798,9 +804,11 @@ def test_new_images_get_a_table_and_an_unreadable_one_its_error(run, data, tmp_p
     assert run(folder, good, "--cam", tmp_path / "maps") == 2
     captured, path = capsys.readouterr(), tmp_path / "results/new_predictions.csv"
     assert f"1 of 4 images could not be read, see {path}" in captured.err
-    assert captured.err.count("\n") == 1
+    warning, failure = captured.err.splitlines()
+    assert warning.startswith(f"warning: {folder}: 1 files are not read (.txt)")
+    assert failure.startswith("evaluate.py: ")
     rows = read_rows(path)
-    assert list(rows[0]) == ["file", "label", "probability", "prediction", "error"]
+    assert list(rows[0]) == list(evaluate.COLUMNS)
     names = [str(folder / name) for name in ("bad.jpg", "large.png", "small.bmp")]
     assert [row["file"] for row in rows] == [*names, str(good)]
     assert rows[0]["error"] == "a web page, not an image"

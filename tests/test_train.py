@@ -379,10 +379,11 @@ def test_folds_never_separate_a_patient_and_spread_the_classes():
     names = [f"person{i // 3}_{'bacteria' if i % 3 else 'virus'}_{i}.jpeg" for i in range(60)]
     names += [f"IM-{i // 2:04d}-{i:04d}.jpeg" for i in range(60)]
     labels = torch.tensor([1.0] * 60 + [0.0] * 60)
-    images = [common.Image(Path(name), int(y), "") for name, y in zip(names, labels, strict=True)]
+    pairs = zip(names, labels, strict=True)
+    images = [common.identify(Path("train", name), int(y), "", {}) for name, y in pairs]
     folds = train.split_folds(images, labels, 5, seed=0)
     assert sorted(torch.cat(folds).tolist()) == list(range(120))
-    patients = [{common.patient_key(images[row].path) for row in rows} for rows in folds]
+    patients = [{images[row].group for row in rows} for rows in folds]
     assert not any(a & b for i, a in enumerate(patients) for b in patients[:i])
     assert all(0.35 < labels[rows].mean() < 0.65 for rows in folds)
     again = train.split_folds(images, labels, 5, seed=1)
