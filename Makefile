@@ -10,7 +10,7 @@ $(if $(filter-out $(VARIABLES) -%,$(given)),$(error unknown variable $(filter-ou
 # RUN=name keeps a run apart; a flag is passed only if its variable was given: the defaults live in the scripts
 MODEL := $(if $(RUN),runs/$(RUN)/model.pth)
 RESULTS := $(if $(findstring --from,$(ARGS)),,$(if $(RUN),runs/$(RUN)/results))
-flag = $(if $($2),--$1 "$($2)")
+flag = $(if $($2),--$1 '$(subst ','\'',$($2))')
 data_flags = $(call flag,data-dir,DATA) $(call flag,seed,SEED)
 split_flags = $(data_flags) $(call flag,per-class,PER_CLASS) $(call flag,link-from,LINK_FROM)
 run_flags = $(data_flags) $(call flag,checkpoint,MODEL) $(call flag,results-dir,RESULTS) \
@@ -36,7 +36,7 @@ help:  ## this page
 other_python := $(if $(filter command environment,$(origin PYTHON)),$(filter-out $(shell cat .venv/python 2>/dev/null),$(PYTHON)))
 .venv/installed: requirements.txt $(if $(other_python),FORCE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer needed, found %d.%d: make PYTHON=python3.12" % sys.version_info[:2])'
-	$(PYTHON) -m venv --clear .venv
+	$(PYTHON) -m venv $(if $(other_python),--clear) .venv
 	@echo "$(PYTHON)" > .venv/python
 	$(PY) -m pip install --quiet --requirement requirements.txt
 	@touch $@
@@ -65,6 +65,7 @@ all: install  ## split, train, evaluate
 demo: install  ## the whole chain on drawn radiographs, in demo/: needs neither data nor weights
 	$(PY) tests/phantoms.py demo/chestxrays
 	$(MAKE) --no-print-directory all DATA=demo/chestxrays PER_CLASS=15 MODEL=demo/model.pth RESULTS=demo/results WEIGHTS=random
+	@echo; echo "Next: your images into data/chestxrays/{train,test}/{NORMAL,PNEUMONIA}/, then make check, then make all"
 test: lint  ## everything that is checked before a change lands
 	$(PY) -m pytest -q -n 2 --dist worksteal $(ARGS)
 fuzz: .venv/installed-tests  ## minutes of damaged images, checkpoints and records, and kills at every step

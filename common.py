@@ -38,7 +38,7 @@ try:
     from PIL import ImageMode, ImageOps, PngImagePlugin, TiffImagePlugin
     from scipy.optimize import minimize
     from scipy.special import expit
-    from scipy.stats import binomtest
+    from scipy.stats import norm
     from torch import nn
     from torch.fx.experimental.optimization import fuse
     from torch.utils.data import DataLoader, Dataset
@@ -98,20 +98,8 @@ def make_view(image, number, digest):
 
 # ---------------------------------------------------------------- images and patients
 
-PICTURES = (
-    ".bmp",
-    ".jfif",
-    ".jpe",
-    ".jpeg",
-    ".jpg",
-    ".pgm",
-    ".png",
-    ".ppm",
-    ".tif",
-    ".tiff",
-    ".webp",
-)
-SUFFIXES = {*PICTURES, ".dcm"}
+JPEGS = ".jfif", ".jpe", ".jpeg", ".jpg"
+SUFFIXES = {*JPEGS, ".bmp", ".dcm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 FORMATS = "BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP"  # others Pillow may hand to other programs
 JUNK = "Thumbs.db", "desktop.ini"  # that operating systems leave in folders
 MODALITIES = "CR", "DX", "RG"  # of a radiograph in DICOM
@@ -119,10 +107,8 @@ MAX_PIXELS = 50_000_000  # more is a decompression bomb; radiographs reach about
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a long text is no bad picture
 # white is 0, big-endian, 16 bits: Pillow knows it little-endian only
 TiffImagePlugin.OPEN_INFO[(b"MM", 0, (1,), 1, (16,), ())] = ("I;16B", "I;16B")
-COLOURS = (
-    "#0072B2",
-    "#D55E00",
-)  # of NORMAL and PNEUMONIA; Okabe & Ito, told apart by the colour-blind
+# of NORMAL and PNEUMONIA; Okabe & Ito, told apart by the colour-blind
+COLOURS = "#0072B2", "#D55E00"
 SPLITS = "train", "val", "test"
 SPLIT_FILE = "split_val.json"  # in the data folder: the files that split_val.py moves
 METADATA = "metadata.csv"  # in the data folder: file_name, patient_id and any other columns
@@ -134,7 +120,7 @@ PATIENT_NAMES = (
     re.compile(r"(?P<patient>(NORMAL2-)?IM-\d+)-\d+"),
     # the same children in their other release: BACTERIA-1049278-0001.jpeg
     re.compile(r"(NORMAL|BACTERIA|VIRUS)-(?P<patient>\d+)-\d+"),
-    re.compile(r"(?P<patient>\d{8})_\d{3}\b"),  # NIH ChestX-ray14: 00000013_005.png
+    re.compile(r"(?P<patient>0\d{7})_\d{3}\b"),  # NIH ChestX-ray14: 00000013_005.png
     re.compile(r"(?P<patient>patient\d+)_study\d+"),  # CheXpert: patient00001_study1_view1.jpg
     re.compile(r"(?P<patient>sub-[A-Za-z0-9]+)_"),  # BIDS: sub-S03044_ses-E06217_run-1_cr.png
 )
@@ -164,6 +150,9 @@ def list_images(folder, others=False):
         warn(
             f"{folder}: {len(rest)} files are not read ({suffixes}), images are {image_suffixes()}"
         )
+    for deeper in (path for path in paths if others and images and path.is_dir()):
+        if list_images(deeper):
+            warn(f"{deeper}: the images in it are not read, only those directly in {folder}")
     return images
 
 
@@ -176,12 +165,11 @@ def list_split(data_dir, split, others=False):
     root = Path(data_dir, split)
     if not root.is_dir():
         hint = f"see --data-dir{better_level(data_dir)}"
-        hint = (
-            "run split_val.py first"
-            if split == "val" and Path(data_dir, "train").is_dir()
-            else hint
-        )
+        if split == "val" and Path(data_dir, "train").is_dir():
+            hint = "run split_val.py first"
         raise Failure(f"{root}: no such folder, expected {' and '.join(CLASSES)} in it ({hint})")
+    if others and list_images(root):
+        warn(f"{root}: the images directly in it are not read, only those in its class folders")
     for folder in sorted(p for p in root.iterdir() if p.is_dir()):
         if folder.name not in CLASSES:
             raise Failure(
@@ -240,6 +228,14 @@ def read_split(data_dir, *splits):
             twin = first.setdefault(image.digest, image)
             if image.digest and twin.path.parent != image.path.parent:
                 raise Failure(f"{image.path}: the same file as {twin.path}; remove one of them")
+    if len(splits) > 1 and (
+        shared := set.intersection(*({i.group for i in found[s]} for s in splits))
+    ):
+        sides = " and ".join(f"{split}/" for split in splits)
+        undo = (
+            "split_val.py --undo, then split again" if "val" in splits else "split_val.py --check"
+        )
+        warn(f"{len(shared)} patients are in {sides}, as {min(shared)}; {undo}")
     return found
 
 
@@ -253,27 +249,31 @@ def hash_file(path):
         return ""
 
 
-def read_metadata(data_dir):
+def read_metadata(data_dir, quiet=False):
     """{path: row} of DIR/metadata.csv for the images in train/, val/ and test/, {} without one.
 
     As in Hugging Face's ImageFolder: the column file_name is the image's own name, or its path
     below DIR where two images have one name (as train/... also after the split). patient_id tells
-    the patient, what else there is makes subgroups. Says how many rows and images have no partner.
+    the patient, what else there is makes subgroups. Tells how many rows and images have no partner.
     """
-    path = Path(data_dir, METADATA)
+    path, say = Path(data_dir, METADATA), (lambda text: None) if quiet else warn
     try:
-        reader = csv.DictReader(io.StringIO(path.read_text("utf-8-sig"), newline=""), strict=True)
-        rows = list(reader)
+        table = list(csv.reader(io.StringIO(path.read_text("utf-8-sig"), newline=""), strict=True))
     except FileNotFoundError:
+        if (odd := Path(data_dir, "train", METADATA)).exists():
+            raise Failure(
+                f"{odd}: expected it one level up, in {data_dir}; move it there"
+            ) from None
         return {}
     except (UnicodeDecodeError, csv.Error) as error:
-        raise Failure(f"{path}: not a CSV file ({error})") from None
-    columns = reader.fieldnames or []
+        raise Failure(f"{path}: not a CSV file in UTF-8 ({error})") from None
+    columns = [column.strip() for column in table[0]] if table else []
     if "file_name" not in columns:
-        expected = "expected the columns file_name and patient_id"
+        expected = "expected the columns file_name and patient_id, separated by commas"
         raise Failure(f"{path}: {expected}, found {', '.join(columns) or 'an empty file'}")
     if "patient_id" not in columns:
-        warn(f"{path}: no column patient_id, so that the images' names tell the patients")
+        say(f"{path}: no column patient_id, so that the images' names tell the patients")
+    rows = [dict(zip(columns, map(str.strip, row), strict=False)) for row in table[1:] if row]
     folders = [Path(data_dir, split, name) for split in SPLITS for name in CLASSES]
     images = [image for each in folders if each.is_dir() for image in list_images(each)]
     places = {}
@@ -283,7 +283,7 @@ def read_metadata(data_dir):
             places.setdefault(key, []).append(image)
     found, absent = {}, []
     for number, row in enumerate(rows, 2):
-        name = PurePosixPath(row["file_name"] or "").as_posix()
+        name = PurePosixPath(row["file_name"]).as_posix()
         here = places.get(name, [])
         if len(here) > 1:
             both = f"{here[0].parent} and {here[1].parent}"
@@ -295,11 +295,11 @@ def read_metadata(data_dir):
         found |= dict.fromkeys(here, row)
         absent += [] if here else [name]
     if absent:
-        warn(f"{path}: {len(absent)} of {len(rows)} rows have no image here, as {absent[0]}")
+        say(f"{path}: {len(absent)} of {len(rows)} rows have no image here, as {absent[0]}")
     told = [image for image in images if found.get(image, {}).get("patient_id")]
     if "patient_id" in columns and len(told) < len(images):
         alone = next(image.name for image in images if image not in told)
-        warn(
+        say(
             f"{path}: tells no patient of {len(images) - len(told)} of {len(images)} images, as "
             f"{alone}; for these the names do, or nothing"
         )
@@ -367,7 +367,10 @@ def open_image(source):
     content = source if isinstance(source, bytes) else Path(source).read_bytes()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd metadata; damaged pixels raise
-        scan = open_dicom(content) if is_dicom(content) else open_picture(content)
+        try:
+            scan = open_dicom(content) if is_dicom(content) else open_picture(content)
+        except AttributeError as error:
+            raise ValueError(f"a header that is not complete: {error}") from None
     low, high = scan.grey.getextrema()
     if low == high:
         raise ValueError("one single grey level, no picture")
@@ -391,7 +394,11 @@ def open_picture(content):
         mode, size, kind = image.mode, image.size, image.format
         if mode == "1":
             raise ValueError("a picture of two colours, expected grey levels")
-        if mode[0] not in "IF" and re.search(r";16[BLN]", str(image.tile)):
+        deep = (
+            getattr(image, "tag_v2", {}).get(258, (8,)),
+            re.findall(r";16[BLN]|65535", str(image.tile)),
+        )
+        if mode[0] not in "IF" and (max(deep[0]) > 8 or deep[1]):
             raise ValueError("16 bits a channel, of which 8 would be lost; save it as 16-bit grey")
         if kind != "MPO" and (pages := getattr(image, "n_frames", 1)) > 1:
             raise ValueError(f"{pages} pictures in one file, expected one")
@@ -421,7 +428,7 @@ def open_dicom(content):
 
     file = pydicom.dcmread(io.BytesIO(content))
     modality, mode = file.get("Modality") or "CR", file.get("PhotometricInterpretation")
-    if modality not in MODALITIES:
+    if modality.upper() not in MODALITIES:
         raise ValueError(f"DICOM of modality {modality}, expected {', '.join(MODALITIES)}")
     if "PixelData" not in file:
         raise ValueError("DICOM without a picture")
@@ -434,15 +441,19 @@ def open_dicom(content):
     if not get_decoder(syntax).is_available:
         packages = "pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
         raise ValueError(f"DICOM in {syntax.name}: .venv/bin/pip install {packages}")
-    stored = file.pixel_array
-    pixels = apply_rescale(stored, file)
-    with contextlib.suppress(Exception):  # a window that makes no sense
-        pixels = apply_voi_lut(pixels, file)
+    pixels = stored = file.pixel_array
+    with contextlib.suppress(Exception):  # a header that makes no sense
+        pixels = apply_rescale(stored, file)
+        seen = apply_voi_lut(pixels, file)
+        if ((seen > seen.min()) & (seen < seen.max())).mean() > 0.1:  # else it misses the film
+            pixels = seen
     if mode == "MONOCHROME1":
         pixels = 2**file.BitsStored - 1 - pixels.astype(np.float64)
-    outside = stored == file.get("PixelPaddingValue")
-    if 0 < outside.sum() < outside.size:
-        pixels = np.where(outside, pixels[~outside].min(), pixels)
+    if (padding := file.get("PixelPaddingValue")) is not None:
+        ends = sorted((padding, file.get("PixelPaddingRangeLimit", padding)))
+        outside = (stored >= ends[0]) & (stored <= ends[1])
+        if not outside.all():
+            pixels = np.where(outside, pixels[~outside].min(), pixels)
     eight = file.BitsStored <= 8 and pixels.min() >= 0 and pixels.max() <= 255
     grey = PIL.Image.fromarray(pixels.round().astype(np.uint8) if eight else np.float32(pixels))
     return Scan(grey, (file.Columns, file.Rows), mode, file.BitsAllocated, "DICOM", 0)
@@ -484,7 +495,8 @@ def explain_unreadable(path, error):
     if start[:5].lower() in (b"<!doc", b"<html"):
         return "a web page, not an image"
     if isinstance(error, PIL.UnidentifiedImageError):
-        return "no image, or of an unknown format"
+        dicom = " (DICOM has DICM at byte 128)" * (Path(path).suffix.lower() == ".dcm")
+        return f"no image, or of an unknown format{dicom}"
     return " ".join(str(error).split())[:150] or type(error).__name__
 
 
@@ -500,7 +512,8 @@ def pick_device(name):
             warn(f"{name} cannot be used ({error}): going on with the CPU")
             name = "cpu"
     if name == "cuda":
-        name += f":{os.environ.get('LOCAL_RANK', 0)}"  # torchrun: a GPU for each process
+        local = "LOCAL_RANK" if "TORCHELASTIC_RUN_ID" in os.environ else ""
+        name += f":{os.environ.get(local, 0)}"  # torchrun: a GPU for each process
     if not re.fullmatch(r"cpu|mps|cuda:\d+", name):
         raise Failure(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
     device = torch.device(name)
@@ -613,8 +626,8 @@ def read_checkpoint(path):
         size = path.stat().st_size
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                if sum(part.file_size for part in archive.infolist()) > size:
-                    raise Failure(f"{path}: a bomb, it unpacks to more than its own size")
+                if sum(part.file_size for part in archive.infolist()) > 10 * size:
+                    raise Failure(f"{path}: a bomb, it unpacks to more than 10 times its size")
                 if broken := archive.testzip():  # torch.load does not check the CRCs
                     raise Failure(f"{path}: not a readable checkpoint, {broken} is damaged")
         with warnings.catch_warnings():
@@ -741,7 +754,7 @@ class Cache:
                 missing.append(row)
         if missing:
             kept = f"{len(rows) - len(missing)} of {len(rows)} images"
-            print(f"Features: {kept} are in {self.folder.parent}", flush=True)
+            progress(f"Features: {kept} are in {self.folder.parent}")
         return missing
 
     def save(self, image, views):
@@ -793,7 +806,8 @@ def run_network(backbone, views, rows, features, cache, device, dtype, args, com
         pin_memory=device.type == "cuda",
         **worker_settings(args.workers, len(rows), device),
     )
-    bar = tqdm(total=len(rows) * views.n_views, unit=" views", disable=None)
+    bar = tqdm(total=len(rows) * views.n_views, unit=" views", disable=None)  # on a terminal only
+    done, told = 0, start
     try:
         network = prepare_network(backbone.network, device, dtype, compiled)
         for indexes, pictures, reasons in start_workers(loader):
@@ -813,7 +827,12 @@ def run_network(backbone, views, rows, features, cache, device, dtype, args, com
                     bad[row] = reason
                 elif cache:
                     cache.save(views.images[index], vector)
-            bar.update(vectors.shape[:2].numel())
+            bar.update(count := vectors.shape[:2].numel())
+            done += count
+            if bar.disable and time.perf_counter() > told + LOG_EVERY:
+                told = time.perf_counter()
+                left = (told - start) * (bar.total - done) / done
+                progress(f"Features: {done} of {bar.total} views, {left:.0f} s left")
     except RuntimeError as error:  # memory, a dead or hung worker, an operator the device lacks
         reason = " ".join(str(error).split())[:200]
         remedy = "try a smaller --batch-size, --workers 0 or --device cpu"
@@ -823,7 +842,7 @@ def run_network(backbone, views, rows, features, cache, device, dtype, args, com
     seconds, count = time.perf_counter() - start, len(rows) * views.n_views
     precision = str(dtype).removeprefix("torch.")
     speed = f"{count} views in {seconds:.1f} s, {count / seconds:.0f} a second ({precision})"
-    print(f"Features: {len(rows)} images computed, {speed}", flush=True)
+    progress(f"Features: {len(rows)} images computed, {speed}")
     return bad
 
 
@@ -862,8 +881,9 @@ def worker_settings(workers, n_images, device):
 
 
 def ignore_ctrl_c(_):
-    """In a worker: the main process alone answers Ctrl-C, and ends its workers."""
+    """In a worker: the main process alone answers Ctrl-C, ends its workers, and speaks."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.stderr = open(os.devnull, "w")  # a thread of multiprocessing would print a traceback
 
 
 def rank_and_world():
@@ -892,6 +912,7 @@ def end_other_ranks():
 
 
 SHOWN = 5  # lines of one kind
+LOG_EVERY = 30  # seconds between two lines on the pass in a log file
 
 
 def without_bad(images, bad, skip_bad):
@@ -923,6 +944,7 @@ def distance(features, mean, std):
     return ((features - mean) / std).square().mean(1).sqrt()
 
 
+Z = norm.ppf(0.975)  # 95 % of a normal distribution lie between -Z and Z deviations
 SCORES = ("accuracy", "f1", "auroc", "average_precision", "sensitivity", "specificity")
 SCORES += ("ppv", "npv", "brier", "ece")
 
@@ -954,12 +976,30 @@ def score(probs, labels, threshold, names=SCORES):
     }
 
 
-def wilson(count, n):
-    """{value, low, high} of count / n: Wilson's score interval, 95 %; None each where n is 0."""
+def proportion(right, patients):
+    """{value, low, high} of the mean of `right`: Wilson's score interval, 95 %; None for no image.
+
+    right: bool (n,), or float in [0, 1]; patients: (n,), whose images are alike. Where a patient
+    has several, n is the effective sample size: n over how many times larger the variance by
+    patients is than that of n independent images. Wilson (1927); Rao and Scott (1992).
+    """
+    n, right = len(right), np.asarray(right, np.float64)
     if n == 0:
         return {"value": None, "low": None, "high": None}
-    interval = binomtest(count, n).proportion_ci(method="wilson")
-    return {"value": count / n, "low": float(interval.low), "high": float(interval.high)}
+    p = right.mean()
+    _, patient = np.unique(np.asarray(patients), return_inverse=True)
+    residuals, variance = np.bincount(patient, right - p), p * (1 - p) / n
+    clusters = len(residuals)
+    if variance > 0 and 1 < clusters < n:
+        by_patients = clusters / (clusters - 1) * np.square(residuals).sum() / n**2
+        n /= max(1, by_patients / variance)
+    elif clusters < n:
+        n = clusters
+    z = Z**2 / n
+    middle, reach = p + z / 2, np.sqrt(z * p * (1 - p) + z**2 / 4)
+    limits = (middle - reach) / (1 + z), (middle + reach) / (1 + z)
+    low, high = (float(min(1, max(0, limit))) for limit in limits)
+    return {"value": float(p), "low": low, "high": high}
 
 
 def fit_logistic(x, labels, offset, clusters):
@@ -989,7 +1029,7 @@ def fit_logistic(x, labels, offset, clusters):
 def image_numbers(path):
     """({name: float} of what one could go by without any network, grey PIL image mode L, its Scan).
 
-    file size: bytes; width, height: pixels of the file; mode: bits a pixel (8 grey, 24 RGB); JPEG
+    file size: bytes; width, height: pixels of the file; bits a pixel: 8 if grey, 24 if RGB; JPEG
     quality: 0 for other formats. Of the grey levels, 0 to 255: mean, (standard) deviation, and
     sharpness, the mean absolute difference of vertical neighbours.
     Raises what open_image raises.
@@ -1001,7 +1041,7 @@ def image_numbers(path):
         "file size": float(os.path.getsize(path)),
         "width": float(scan.size[0]),
         "height": float(scan.size[1]),
-        "mode": float(scan.bits),
+        "bits a pixel": float(scan.bits),
         "JPEG quality": float(scan.quality),
         "mean": float(pixels.mean()),
         "deviation": float(pixels.std()),
@@ -1031,6 +1071,12 @@ def terminate(*_):
     raise Terminated
 
 
+def progress(message):
+    """Prints at once; files come before the screen, so that nobody has to read on, as by `head`."""
+    with contextlib.suppress(BrokenPipeError):
+        print(message, flush=True)
+
+
 def warn(message):
     if rank_and_world()[0] == 0:
         print(f"warning: {message}", file=sys.stderr, flush=True)
@@ -1055,6 +1101,7 @@ def run(command, args, script):
         before = signal.signal(signal.SIGTERM, terminate)
     try:
         command(args)
+        sys.stdout.flush()
         return 0
     except (Failure, KeyboardInterrupt, MemoryError, OSError) as error:
         status, message = explain(error, args)
@@ -1078,6 +1125,12 @@ def explain(error, args):
     if isinstance(error, MemoryError):
         remedy = "; try a smaller --batch-size or fewer --workers" if "batch_size" in args else ""
         return 4, f"memory is full{remedy}"
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return (
+            4,
+            "the screen is read no further, as by `head`; what was written until then is whole",
+        )
     message = f"{error.filename or 'a file'}: {error.strerror or error}"
     if error.errno in FULL:
         message += "; free some space, or write elsewhere"

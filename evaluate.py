@@ -10,25 +10,30 @@ images nor network, only an earlier predictions.csv, and prints.
 """
 
 import argparse
+import base64
 import contextlib
 import copy
 import csv
+import html
 import io
 import math
 import platform
 import sys
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import common  # first: it says what to do where a package is missing
-from common import CLASSES, COLOURS, Failure, Image, replacing, wilson
+from common import CLASSES, COLOURS, Failure, Image, Z, proportion, replacing
 
 # isort: split
 import numpy as np
 import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
 import scipy.stats
 import torch
 import torchmetrics.functional.classification as tm
@@ -37,18 +42,26 @@ from torch import nn
 
 PROPORTIONS = ("accuracy", "sensitivity", "specificity", "ppv", "npv")
 COMPARED = ("accuracy", "f1", "auroc")
-Z = scipy.stats.norm.ppf(0.975)  # 95 % of a normal distribution lie between -Z and Z deviations
 DRAWS = 2000  # of the bootstrap
+PREVALENCES = 0.01, 0.05, 0.1, 0.2, 0.5
 INTERVALS = (
-    "95 %. Of {proportions}: Wilson's, which takes every image for a patient of its own. Of auroc "
-    "and average_precision: Student's t on the logit, with the deviation of {draws} bootstrap "
-    "samples of patients within each class, seed {seed}. Of f1 and brier: BCa of these samples. Of "
-    "differences: 1.96 deviations of paired samples. Of the calibration's intercept and slope: "
-    "Wald's, the images clustered by patient."
+    "95 %. Of {proportions}: Wilson's, with the effective sample size where patients have several "
+    "images. Of auroc and average_precision: Student's t on the logit, with the deviation of "
+    "{draws} bootstrap samples of patients within each class, seed {seed}. Of f1 and brier: BCa of "
+    "these samples. Of differences: 1.96 deviations of paired samples. Of the calibration's "
+    "intercept and slope: Wald's, the images clustered by patient. Of predictive values at another "
+    "prevalence: from the likelihood ratios, whose limits are MOVER's on Wilson's."
 )
 N_WORST = 8  # images in worst.png
 N_NUMBERS = 2000  # training images whose numbers are compared, at most: milliseconds each
-SUBGROUPS = {"_bacteria": 1, "_virus": 1, "IM-": 0, "NORMAL2-IM-": 0}  # in a patient's name: class
+# in a patient's name: (class, key, in words)
+SUBGROUPS = {
+    "_bacteria": (1, "bacteria", "bacterial pneumonia"),
+    "_virus": (1, "virus", "viral pneumonia"),
+    "IM-": (0, "IM", "films named IM-"),
+    "NORMAL2-IM-": (0, "NORMAL2-IM", "films named NORMAL2-IM-"),
+}
+NOT_ASSESSED = "age", "sex", "device"  # unless metadata.csv has a column of that name
 PACKAGES = ("torch", "torchvision", "torchmetrics", "scipy", "scikit-learn", "numpy", "pillow")
 STYLE = {"font.size": 9, "axes.titlesize": 9, "legend.frameon": False}
 STYLE |= {"axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3}
@@ -75,6 +88,8 @@ def load_model(path, device_name, arch=None):
         info = {"arch": arch or "resnet50"}
         taken = f"taken for a {info['arch']} (--arch), threshold 0.5, no window"
         doubts.append(f"no {about} beside {path.name}: {taken}")
+    elif "arch" not in info:
+        raise Failure(f"{about}: not about a model; restore or delete it")
     elif info.get("sha256") != common.hash_file(path):
         info = {key: info[key] for key in ("arch", "window") if key in info}
         differs = "(its SHA-256 differs): only its arch and window are used"
@@ -94,6 +109,12 @@ def load_model(path, device_name, arch=None):
     head = nn.Linear(backbone.width, 1).requires_grad_(False)
     head.weight.copy_(weight)
     head.bias.copy_(bias)
+    here, there = [str(common.PREPARE), str(backbone.normalize)], info.get("transforms")
+    if there and here != [there[0], there[-1]]:
+        doubts.append(
+            f"the transforms of common.py are not those that {path.name} was trained with "
+            f"({', '.join({*here} - {*there})}): its probabilities do not hold"
+        )
     device, _ = common.pick_device(device_name)
     return Model(backbone, device, head, info, doubts)
 
@@ -102,7 +123,9 @@ def describe_model(path, info):
     """What metrics.json says about the model; info: what model.json says."""
     keys = "weights date epoch seed val_loss val_accuracy slope intercept window threshold_rule"
     about = {"file": str(path), "sha256": common.hash_file(path), "arch": info["arch"]}
-    return about | {key: info.get(key) for key in keys.split()}
+    about |= {key: info.get(key) for key in (*keys.split(), "at_threshold")}
+    images = {split: len(found) for split, found in info.get("images", {}).items()}
+    return about | {"images": images, "skipped": info.get("skipped", [])}
 
 
 def choose_threshold(args, info, source):
@@ -165,10 +188,13 @@ def predict(model, images, names, args):
         raise Failure(f"{args.checkpoint}: gives scores that are not finite; train again", 3)
     unlike, group = torch.full_like(probs, math.nan), None
     good = [row for row in range(len(images)) if row not in bad]
+    files = [name.as_posix().encode(errors="backslashreplace").decode() for name in names]
     if good and "features" in model.info:
         unlike[good], group = measure_unlike(features[good], model.info["features"])
+        far = [row for row in unlike.nan_to_num().argsort(descending=True) if unlike[row] > 1]
+        group["files"] = [files[row] for row in far]
     table = Table(
-        files=[name.as_posix().encode(errors="backslashreplace").decode() for name in names],
+        files=files,
         labels=[image.label for image in images],
         probs=probs.numpy(),
         errors=[bad.get(row, "") for row in range(len(images))],
@@ -180,6 +206,17 @@ def predict(model, images, names, args):
 
 
 SHIFT, UNLIKE_P = 0.4, 0.001  # from where a group of images is said to come from elsewhere
+
+
+def warn_of_elsewhere(group):
+    if not group or not group["elsewhere"]:
+        return []
+    shift = "" if group["shift"] is None else f", and all are shifted by {group['shift']:.2f}"
+    return [
+        f"{group['over']} of {group['n']} images are unlike those of training (1 in 100 expected)"
+        f"{shift}: these images come from elsewhere (another machine, another framing, negatives): "
+        "threshold and probabilities may not hold for them; train on images of that source"
+    ]
 
 
 def measure_unlike(features, training):
@@ -197,23 +234,6 @@ def measure_unlike(features, training):
     p = scipy.stats.binomtest(over, n, 0.01, alternative="greater").pvalue
     elsewhere = bool(p < UNLIKE_P or (shift or 0) >= SHIFT)
     return unlike, {"n": n, "over": over, "p": float(p), "shift": shift, "elsewhere": elsewhere}
-
-
-def describe_unlike(group, table):
-    """Lines for the screen on the images that are unlike those of training, and warnings."""
-    if group is None:
-        return [], []
-    rows = [row for row in np.argsort(-table.unlike) if table.unlike[row] > 1]
-    names = ", ".join(table.files[row] for row in rows[: common.SHOWN])
-    more = ", ..." if rows[common.SHOWN :] else ""
-    shift = "" if group["shift"] is None else f", shift {group['shift']:.2f}"
-    which = f"{group['over']} of {group['n']} images (1 in 100 expected){shift}"
-    lines = [f"Unlike the training images: {which}{': ' * bool(rows)}{names}{more}"]
-    if not group["elsewhere"]:
-        return lines, []
-    where = "these images come from elsewhere (another machine, another framing, negatives)"
-    hold = "threshold and probabilities may not hold for them; train on images of that source"
-    return lines, [f"{which} are unlike those of training: {where}: {hold}"]
 
 
 def write_predictions(path, table, threshold):
@@ -249,6 +269,8 @@ def read_predictions(path):
     found = {}
     for number, row in rows:
         name, label, prob, _, error, unlike, patient = (row.get(key) or "" for key in COLUMNS)
+        if None in row:
+            raise wrong(number, columns[-1], "the last one", ",".join(row[None]))
         if not name or name in found:
             raise wrong(number, "file", "a name that no other row has", name)
         if label not in CLASSES:
@@ -311,10 +333,12 @@ def measure(table, threshold, seed):
     if not all(math.isfinite(value) for value in values.values() if value is not None):
         raise Failure(f"a score is not finite: {values}", 3)
     tn, fp, fn, tp = tm.binary_confusion_matrix(probs, labels, threshold).ravel().tolist()
-    shares = (tp + tn, len(labels)), (tp, tp + fn), (tn, tn + fp), (tp, tp + fp), (tn, tn + fn)
     metrics = {name: {"value": value, "low": None, "high": None} for name, value in values.items()}
-    for name, share in zip(PROPORTIONS, shares, strict=True):
-        metrics[name] |= wilson(*share)
+    positive, patients = table.probs > np.float32(threshold), np.array(table.clusters())
+    right = positive == (table.labels == 1)
+    sides = right | True, table.labels == 1, table.labels == 0, positive, ~positive
+    for name, side in zip(PROPORTIONS, sides, strict=True):
+        metrics[name] |= proportion(right[side], patients[side])
 
     for method, names in (("percentile", ("auroc", "average_precision")), ("BCa", ("f1", "brier"))):
 
@@ -331,6 +355,51 @@ def measure(table, threshold, seed):
                 low, high = logit_interval(value, sd, m)
             metrics[name] |= {"low": float(low), "high": float(high)}
     return metrics, {"tp": tp, "fp": fp, "tn": tn, "fn": fn}
+
+
+def ratio(top, bottom):
+    """{value, low, high} of the ratio of two independent proportions, {value, low, high} each.
+
+    MOVER: the method of variance estimates recovery (Donner and Zou 2012). Infinite where the
+    bottom may be 0, nan where both are.
+    """
+    a, b = top["value"], bottom["value"]
+
+    def root(x, y):
+        x, y = x * (2 * a - x), y * (2 * b - y)
+        return x, y, a * b + math.sqrt(max((a * b) ** 2 - x * y, 0))
+
+    x, _, large = root(top["low"], bottom["high"])
+    low = x / large if large else 0.0
+    _, y, large = root(top["high"], bottom["low"])
+    high = large / y if y > 0 else math.inf
+    value = a / b if b else math.inf if a else math.nan
+    return {"value": value, "low": low, "high": high}
+
+
+def elsewhere(metrics, prevalences):
+    """[{prevalence, ppv, npv}] where other shares of the images are PNEUMONIA.
+
+    The odds before the test times the likelihood ratio are the odds after it.
+    """
+    sensitivity, specificity = metrics["sensitivity"], metrics["specificity"]
+    positive = ratio(sensitivity, opposite(specificity))
+    negative = ratio(opposite(sensitivity), specificity)
+    found = []
+    for prevalence in sorted(set(prevalences)):
+        before = prevalence / (1 - prevalence)
+        ppv = {key: 1 - 1 / (1 + before * value) for key, value in positive.items()}
+        npv = opposite({key: 1 - 1 / (1 + before * value) for key, value in negative.items()})
+        found.append({"prevalence": prevalence, "ppv": ppv, "npv": npv})
+        for each in (ppv, npv):
+            each |= {key: None for key, value in each.items() if math.isnan(value)}
+    return found
+
+
+def opposite(share):
+    """1 - a share, {value, low, high}."""
+    others = {"value": "value", "low": "high", "high": "low"}
+    return {key: 1 - share[other] for key, other in others.items()}
 
 
 def logit_interval(value, sd, m):
@@ -369,10 +438,9 @@ def measure_subgroups(table, threshold, seed):
     """
     positive, parts = table.labels == 1, {}
     names = [common.patient_of(Path(file).name) or "" for file in table.files]
-    for name, label in SUBGROUPS.items():
-        inside = np.array([patient.startswith(name) or patient.endswith(name) for patient in names])
-        group, metric = name.strip("_-"), ("specificity", "sensitivity")[label]
-        parts[group] = group, metric, inside & (positive == label)
+    for part, (label, key, group) in SUBGROUPS.items():
+        inside = np.array([name.startswith(part) or name.endswith(part) for name in names])
+        parts[key] = group, ("specificity", "sensitivity")[label], inside & (positive == label)
     for column in dict.fromkeys(key for about in table.about for key in about):
         values = np.array([about.get(column, "") for about in table.about])
         known = sorted(set(values) - {""})
@@ -388,7 +456,7 @@ def measure_subgroups(table, threshold, seed):
             interval_of = auroc_of(part, seed)
         elif metric != "auroc" and part.files:
             right = (part.probs > threshold) == part.labels
-            interval_of = wilson(int(right.sum()), len(right))
+            interval_of = proportion(right, part.clusters())
         else:
             continue
         found[name] = {"group": group, "metric": metric, "n": len(part.files)} | interval_of
@@ -489,11 +557,14 @@ def sign_test(right_here, right_there, clusters, seed):
 # ---------------------------------------------------------------- doubts: leaks, one number instead
 
 
-def find_leaks(args, model, images):
-    """Warnings about images that the model learned from, and about a model of other images."""
+def find_leaks(args, model, images, training):
+    """Warnings about images that the model learned from, and about a model of other images.
+
+    images: [Image], which are scored; training: [Image] of train/ and val/.
+    """
     by_split = model.info.get("images", {}).values()
     learned = {digest for found in by_split for digest in found.values()}
-    here = {common.hash_file(path) for path, _ in training_images(args.data_dir)[0]}
+    here = {image.digest for image in training}
     doubts = []
     if learned and here and (strange := learned - here):
         which = f"{len(strange)} of the {len(learned)} images that the model learned from"
@@ -506,21 +577,28 @@ def find_leaks(args, model, images):
         which = f"{len(leaked)} of {len(images)} test images"
         among = f"WERE AMONG THE TRAINING OR VALIDATION IMAGES, as {leaked[0]}"
         doubts.append(f"{which} {among}: these numbers are no test result")
+    patients = {image.patient for image in training} - {None}
+    if both := [image for image in images if image.patient in patients]:
+        which = f"{len(both)} of {len(images)} test images are of patients in train/ or val/"
+        doubts.append(f"{which}, as {both[0].path.name}: these numbers are no test result")
     return doubts
 
 
 def training_images(data_dir):
-    """([(path, label)] of train/ and val/, as far as they are there; why there are none)."""
+    """([Image] of train/ and val/, as far as they are there; why there are none)."""
     try:
         found = common.list_split(data_dir, "train")
         with contextlib.suppress(Failure):
             found += common.list_split(data_dir, "val")
     except Failure as reason:
         return [], str(reason)
-    return found, ""
+    rows = common.read_metadata(data_dir, quiet=True)
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(common.hash_file, (path for path, _ in found)))
+    return [common.identify(*each, d, rows) for each, d in zip(found, digests, strict=True)], ""
 
 
-def numbers_instead(args, images, table):
+def numbers_instead(args, images, table, training, reason):
     """What metrics.json says about one number of an image in place of the network, by AUROC.
 
     By accuracy the comparison would be unfair: a number's cut is chosen for accuracy, the network's
@@ -531,9 +609,8 @@ def numbers_instead(args, images, table):
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    training, reason = training_images(args.data_dir)
     names, fitted, fit_labels = read_numbers(training[:: -(-len(training) // N_NUMBERS) or 1])
-    _, tested, test_labels = read_numbers([(image.path, image.label) for image in images])
+    _, tested, test_labels = read_numbers(images)
     if len(set(fit_labels)) < 2 or len(test_labels) < len(images):
         return {"none": reason or "an image cannot be read any more"}
     model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced"))
@@ -573,8 +650,8 @@ def verdict(gain):
     return "better" if gain["low"] > 0 else "better, but within chance"
 
 
-def read_numbers(listed):
-    """(names, float (n, k), labels [int]) of the images [(path, label)] that can be read."""
+def read_numbers(images):
+    """(names, float (n, k), labels [int]) of the images that can be read."""
 
     def numbers_or_none(path):
         try:
@@ -583,8 +660,8 @@ def read_numbers(listed):
             return None
 
     with ThreadPoolExecutor() as pool:
-        found = list(pool.map(numbers_or_none, (path for path, _ in listed)))
-    rows = [(each, label) for each, (_, label) in zip(found, listed, strict=True) if each]
+        found = list(pool.map(numbers_or_none, (image.path for image in images)))
+    rows = [(each, image.label) for each, image in zip(found, images, strict=True) if each]
     names = list(rows[0][0]) if rows else []
     return names, np.array([list(each.values()) for each, _ in rows]), [label for _, label in rows]
 
@@ -657,17 +734,23 @@ def overlays(model, images):
             yield view[0].numpy(), None if maps is None else overlay(view, maps[i])
 
 
-def write_overlays(folder, model, images):
+def write_overlays(folder, model, images, table):
     """One PNG an image in `folder`, below the name of its class if it has one."""
     taken = set()
-    for image, (_, picture) in zip(images, overlays(model, images), strict=True):
+    for image, prob, (_, picture) in zip(images, table.probs, overlays(model, images), strict=True):
         group = folder if image.label is None else folder / CLASSES[image.label]
         path, number = group / f"{image.path.name}.png", 2
         while path in taken:  # a namesake from another folder
             path, number = group / f"{image.path.name}-{number}.png", number + 1
         taken.add(path)
+        told = f"P(PNEUMONIA) {prob:.3f}"
+        told += "" if image.label is None else f", labelled {CLASSES[image.label]}"
+        page = PIL.Image.new("RGB", (448, 488), "white")
+        page.paste(PIL.Image.fromarray(picture).resize((448, 448)), (0, 40))
+        caption = f"{told}\norange speaks for PNEUMONIA, blue for NORMAL"
+        PIL.ImageDraw.Draw(page).text((4, 2), caption, "black", PIL.ImageFont.load_default(14))
         with replacing(path) as file:
-            PIL.Image.fromarray(picture).save(file, format="png")
+            page.save(file, format="png")
     print(f"Class activation maps of {len(images)} images in {folder}")
 
 
@@ -676,11 +759,15 @@ def write_overlays(folder, model, images):
 
 def interval(metric):
     """A value with its interval, as text."""
+
+    def shown(value):
+        return "<0.001" if 0 < value < 0.0005 else f"{value:.3f}"
+
     if metric["value"] is None:
         return "undefined"
     if metric["low"] is None:
-        return f"{metric['value']:.3f}"
-    return "{value:.3f} ({low:.3f} to {high:.3f})".format(**metric)
+        return shown(metric["value"])
+    return f"{shown(metric['value'])} ({shown(metric['low'])} to {shown(metric['high'])})"
 
 
 def mark(ax, x, y, label=None):
@@ -698,6 +785,7 @@ def draw_pictures(folder, table, report):
     from sklearn.metrics import ConfusionMatrixDisplay
 
     labels, probs, threshold = table.labels, table.probs, report["threshold"]
+    patients = np.array(table.clusters())
     metrics, calibration = report["metrics"], report["calibration"]
     at, network = f"threshold {threshold:.3g}", {"color": COLOURS[1], "label": "network"}
     scored, chance = (
@@ -710,9 +798,7 @@ def draw_pictures(folder, table, report):
         ax.plot(fpr, tpr, **network)
         ax.plot((0, 1), (0, 1), label="chance", **chance)
         specificity = metrics["specificity"]
-        opposite = {"value": "value", "low": "high", "high": "low"}
-        false_alarms = {key: 1 - specificity[other] for key, other in opposite.items()}
-        mark(ax, false_alarms, metrics["sensitivity"], f"{at}, 95 % intervals")
+        mark(ax, opposite(specificity), metrics["sensitivity"], f"{at}, 95 % intervals")
         ax.set(xlabel="1 - specificity", ylabel="sensitivity")
         ax.set_title(f"ROC: AUROC {interval(metrics['auroc'])}")
         ax.legend(loc="lower right")
@@ -736,7 +822,7 @@ def draw_pictures(folder, table, report):
         bins = np.minimum((probs * 10).astype(int), 9)
         ax.plot((0, 1), (0, 1), **chance)
         for inside in (bins == each for each in np.unique(bins)):
-            mean, share = probs[inside].mean(), wilson(int(labels[inside].sum()), int(inside.sum()))
+            mean, share = probs[inside].mean(), proportion(labels[inside], patients[inside])
             mark(ax, {"value": mean, "low": mean, "high": mean}, share)
             ax.annotate(inside.sum(), (mean, share["value"]), (4, 3), textcoords="offset points")
         ax.set(xlabel="mean P(PNEUMONIA) in the bin", ylabel="share of PNEUMONIA, 95 % interval, n")
@@ -763,15 +849,16 @@ def draw_pictures(folder, table, report):
             save_figure(folder / f"{draw.__name__.removeprefix('draw_')}.png", figure, report)
 
 
-def save_figure(path, figure, report):
+def save_figure(path, figure, report, dpi=120):
     """With a caption: whose images and which network."""
     about = report["model"] or {}
     parts = (Path(about.get("file") or "unknown model").name, about.get("arch"), about.get("date"))
     images = f"{report['split']}: {report['n']} images of {report['patients']} patients"
-    caption = f"{images}; {', '.join(part for part in parts if part)}"
+    caption = f"{images}; {', '.join(part for part in parts if part)}\n"
+    caption += f"threshold {report['threshold']:.3g} ({report['threshold_from']})"
     figure.supxlabel(caption, fontsize=7, color="dimgrey", parse_math=False)
     with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+        figure.savefig(file, format="png", dpi=dpi)
 
 
 def draw_worst(path, model, images, table, report):
@@ -801,69 +888,208 @@ def draw_worst(path, model, images, table, report):
             f"{images[i].path.name:.34}\n{CLASSES[images[i].label]}, P(PNEUMONIA) {probs[i]:.3f}"
         )
         left.set_title(about, fontsize=7, loc="left", parse_math=False)
-    save_figure(path, figure, report)
+    save_figure(path, figure, report, dpi=90)  # the page holds it
 
 
 # ---------------------------------------------------------------- the screen
 
 
-def print_report(report, table):
+def print_report(report):
     """The reference's two lines, then everything in metrics.json, for the eye."""
-    model, metrics, word = report["model"] or {}, report["metrics"], report["split"].capitalize()
+    metrics, word = report["metrics"], report["split"].capitalize()
     print(f"{word} accuracy: {metrics['accuracy']['value']:.3f}")
     print(f"{word} F1-score: {metrics['f1']['value']:.3f}\n")
-    known = [f"{key} {model[key]}" for key in ("weights", "epoch") if model.get(key) is not None]
-    parts = (model.get("file") or "unknown", model.get("arch"), *known, model.get("date"))
-    print("Model      ", ", ".join(part for part in parts if part))
-    print(f"Threshold   {report['threshold']:.4g} ({report['threshold_from']})")
-    unknown = report["names_without_patient"]
-    counted = f" (names that tell none: {unknown}, each counts as one)" if unknown else ""
-    print(f"Images      {report['n']} of {report['patients']} patients{counted}\n")
-    print(f"{'':18} {'value':>9}   95 % interval")
+    for name, text in describe(report):
+        print(f"{name:11} {text}")
+    print(f"\n{'':18} {'value':>9}   95 % interval")
     for name, each in metrics.items():
         value, _, between = interval(each).partition(" ")
         print(f"{name:18} {value:>9}   {between.strip('()')}".rstrip())
     for each in report["subgroups"].values():
-        print(f"  {each['metric'] + ', ' + each['group']:24} {interval(each)}, n = {each['n']}")
-    if alike := report["without_spread"]:
-        print(f"Every bootstrap sample has the same {', '.join(alike)}: no interval can be given")
-    if report["n"] > 1.2 * report["patients"]:
-        names = ", ".join(PROPORTIONS)
-        print(f"Patients have several images each: intervals of {names} are too narrow")
+        group = f"{each['metric']}, {each['group']}"
+        print(f"  {group:36} {interval(each)}, n = {each['n']}")
     counts = report["counts"]
     print(f"\n{'':22}{'predicted NORMAL':>18}{'predicted PNEUMONIA':>22}")
     print(f"{'truth NORMAL':22}{counts['tn']:>18}{counts['fp']:>22}")
     print(f"{'truth PNEUMONIA':22}{counts['fn']:>18}{counts['tp']:>22}\n")
-    print_checks(report, table)
+    for title, lines in findings(report):
+        print(f"{title}: {lines[0]}" if len(lines) == 1 else f"{title}:")
+        for line in lines if len(lines) > 1 else ():
+            print(f"  {line}")
 
 
-def print_checks(report, table):
-    """Calibration, unlike images, the best single number, the other model, where there is one."""
+def describe(report):
+    """[(name, text)]: which model, threshold and images, for the screen and the page."""
+    model, left_out = report["model"] or {}, report["left_out"]
+    known = [f"{key} {model[key]}" for key in ("weights", "epoch") if model.get(key) is not None]
+    parts = (model.get("file") or "unknown", model.get("arch"), *known, model.get("date"))
+    threshold = f"{report['threshold']:.4g} ({report['threshold_from']})"
+    if " on val" in threshold and (scores := model.get("at_threshold")):
+        there = [f"{name} {interval(scores[name])}" for name in ("sensitivity", "specificity")]
+        threshold += f"; there {', '.join(there)}"
+    patients = [f"{n} {name}" for name, n in report["patients_by_class"].items()]
+    images = f"{report['n']} of {report['patients']} patients ({', '.join(patients)})"
+    if unknown := report["names_without_patient"]:
+        images += f"; nothing tells the patient of {unknown}, each counts as one"
+    rough = "; fewer than 30 patients in a class: intervals are rough"
+    images += rough if min(report["patients_by_class"].values()) < 30 else ""
+    counted = [f"{n} of {folder}" for folder, n in left_out.items()]
+    learned = [f"{n} {split}" for split, n in (model.get("images") or {}).items()]
+    return [
+        ("Model", ", ".join(part for part in parts if part)),
+        ("Trained on", f"{' and '.join(learned) or 'unknown'} images"),
+        ("Threshold", threshold),
+        ("Data", report["data"]),
+        ("Images", images),
+        ("Unreadable", f"{', '.join(counted)}: left out" if counted else "none"),
+    ]
+
+
+def findings(report):
+    """Yields (title, lines): what stands beside the scores, for the screen and the page."""
     calibration, numbers, other = report["calibration"], report["shortcut"], report["comparison"]
-    print(
-        f"Calibration: intercept {interval(calibration['intercept'])}, 0 if right; "
-        f"slope {interval(calibration['slope'])}, 1 if right"
+    if alike := report["without_spread"]:
+        none = "every bootstrap sample has the same, none can be given"
+        yield f"No interval of {', '.join(alike)}", [none]
+    slope, intercept = interval(calibration["slope"]), interval(calibration["intercept"])
+    before, after = (calibration[key]["brier"] for key in ("without", "with"))
+    yield (
+        "Calibration",
+        [
+            f"intercept {intercept}, 0 if right; slope {slope}, 1 if right",
+            f"Brier {after:.3f} with the slope and intercept that were fitted on val and are part "
+            f"of every number here; {before:.3f} without",
+        ],
     )
-    for line in describe_unlike(report["unlike"], table)[0]:
-        print(line)
+    share = sum(report["counts"][key] for key in ("tp", "fn")) / report["n"]
+    here = f"{share:.0%} of these images are PNEUMONIA; in a clinic, where fewer are, a positive "
+    lines = [f"{here}result means less. Where the share is"]
+    for each in report["elsewhere"]:
+        values = f"PPV {interval(each['ppv'])}, NPV {interval(each['npv'])}"
+        lines.append(f"{100 * each['prevalence']:4.3g} %: {values}")
+    yield "What a result means elsewhere", lines
+    if group := report["unlike"]:
+        shift = "" if group["shift"] is None else f", shift {group['shift']:.2f}"
+        names = ", ".join(group["files"][: common.SHOWN])
+        more = ", ..." * (len(group["files"]) > common.SHOWN)
+        counted = f"{group['over']} of {group['n']} (1 in 100 expected){shift}"
+        yield "Images unlike those of training", [f"{counted}{': ' * bool(names)}{names}{more}"]
     if numbers and "none" in numbers:
-        print(f"One number instead of the network: none to compare with ({numbers['none']})")
+        none = f"none to compare with ({numbers['none']})"
+        yield "One number instead of the network", [none]
     elif numbers:
         chosen = f"chosen on {numbers['fitted_on']} images of train/ and val/"
-        print(f"One number instead of the network, {chosen}:")
+        lines = []
         for name in (numbers["number"], "all numbers"):
             each = numbers["numbers"][name]
-            gain = interval(each["difference"])
-            gain = f"network minus it {gain}: {each['network_is']}"
-            print(f"  {name:12} AUROC {each['auroc']:.3f}; {gain}")
+            gain = f"network minus it {interval(each['difference'])}: {each['network_is']}"
+            lines.append(f"{name:12} AUROC {each['auroc']:.3f}; {gain}")
+        yield f"One number instead of the network, {chosen}", lines
     if other:
-        print(f"This model minus {other['with']} at threshold {other['threshold']:.4g}:")
+        lines = []
         for name in COMPARED:
-            there = other["other"][name]["value"]
-            print(f"  {name:10} {interval(other['difference'][name])}; there {there:.3f}")
-        here, there = other["right_only_here"], other["right_only_there"]
-        p = f"p {other['p_value']:.3g} ({other['test']})"
-        print(f"  {here} images are right only here, {there} only there: {p}")
+            there = interval(other["other"][name])
+            lines.append(f"{name:10} {interval(other['difference'][name])}; there {there}")
+        only = f"{other['right_only_here']} images are right only here, {other['right_only_there']}"
+        lines.append(f"{only} only there: p {other['p_value']:.3g} ({other['test']})")
+        yield f"This model minus {other['with']} at threshold {other['threshold']:.4g}", lines
+    if report["not_assessed"]:
+        columns = f"no such column in {common.METADATA}"
+        yield "Not assessed", [f"{', '.join(report['not_assessed'])} ({columns})"]
+
+
+# ---------------------------------------------------------------- the page
+
+STYLE_SHEET = """
+:root { color-scheme: light dark; --line: #8886; --warn: #d55e0022 }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem }
+table { border-collapse: collapse; display: block; overflow-x: auto }
+td, th { padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line); text-align: left }
+td { font-variant-numeric: tabular-nums }
+figure { margin: 0; break-inside: avoid } figure img { width: 100%; background: white }
+.pictures { display: grid; gap: 1rem; margin-top: 1.5rem }
+.pictures { grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)) }
+.lead { font-size: 1.2rem } .warning { background: var(--warn); padding: .6rem 1rem }
+pre { white-space: pre-wrap; overflow-wrap: anywhere } small, figcaption { opacity: .8 }
+"""
+LIMITS = (
+    "Not a medical device. A test on images of the same source is an internal test: no claim for "
+    "other machines, framings, ages or diseases follows. Predictive values at the share of "
+    "PNEUMONIA among the test images do not hold where fewer have it: see the table by prevalence."
+)
+LEAD = "accuracy", "auroc", "sensitivity", "specificity"
+PICTURES = {
+    "roc": "Every threshold: sensitivity against false alarms",
+    "precision_recall": "Every threshold: precision against sensitivity",
+    "confusion": "What was called what",
+    "reliability": "Probability against what came true",
+    "scores": "The probabilities of each class",
+    "worst": "Beside each image its map: orange speaks for PNEUMONIA, blue for NORMAL",
+}
+
+
+def write_page(folder, report, pictures):
+    """report.html: metrics.json for a reader, in one file with the pictures of these names."""
+    text, metrics = html.escape, report["metrics"]
+
+    def rows(cells, tag="td"):
+        lines = ("".join(f"<{tag}>{text(str(cell))}</{tag}>" for cell in row) for row in cells)
+        return "".join(f"<tr>{line}</tr>" for line in lines)
+
+    def picture(name, caption):
+        content = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
+        image = f'<img src="data:image/png;base64,{content}" alt="{text(caption)}">'
+        return f"<figure>{image}<figcaption>{text(caption)}</figcaption></figure>"
+
+    names = {"f1": "F1", "auroc": "AUROC", "ppv": "PPV", "npv": "NPV", "ece": "ECE"}
+    names = {name: names.get(name, name.replace("_", " ").capitalize()) for name in metrics}
+    scores = [(names[name], interval(each)) for name, each in metrics.items()]
+    first = [scores[list(metrics).index(name)] for name in LEAD]
+    lead = ", ".join(f"{name} {value}" for name, value in first)
+    groups = rows(
+        (each["group"], each["metric"], each["n"], interval(each))
+        for each in report["subgroups"].values()
+    )
+    counts = report["counts"]
+    matrix = rows(
+        [("NORMAL", counts["tn"], counts["fp"]), ("PNEUMONIA", counts["fn"], counts["tp"])]
+    )
+    checks = "".join(
+        f"<h3>{text(title)}</h3><pre>{text(chr(10).join(lines))}</pre>"
+        for title, lines in findings(report)
+    )
+    warnings = "".join(f'<p class="warning">Warning: {text(w)}</p>' for w in report["warnings"])
+    small = "".join(picture(name, PICTURES[name]) for name in pictures if name != "worst")
+    worst = ""
+    if "worst" in pictures:
+        worst = f"<h2>The most wrong images</h2>{picture('worst', PICTURES['worst'])}"
+    title = f"Pneumonia on chest X-rays: {report['split']} result"
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    page = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{text(title)}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE_SHEET}</style>
+</head><body>
+<h1>{text(title)}</h1>
+<p class="lead">{text(lead)}</p>
+{warnings}
+<table>{rows(describe(report))}</table>
+<h2>Scores</h2>
+<table>{rows([("score", "value (95 % interval)")], "th")}{rows(scores)}</table>
+<h3>Counts at the threshold</h3>
+<table>{rows([("truth", "predicted NORMAL", "predicted PNEUMONIA")], "th")}{matrix}</table>
+<div class="pictures">{small}</div>
+{"<h2>Subgroups</h2><table>" + groups + "</table>" if groups else ""}
+<h2>What stands beside the scores</h2>
+{checks}
+{worst}
+<h2>How it was computed</h2>
+<p>PNEUMONIA is the positive class, above the threshold. Intervals: {text(report["intervals"])}</p>
+<h2>Limits</h2><p>{text(LIMITS)}</p>
+<p><small>{text(versions)}</small></p>
+</body></html>
+"""
+    with replacing(folder / "report.html", "w") as file:
+        file.write(page)
 
 
 # ---------------------------------------------------------------- a split, new images, a table
@@ -879,6 +1105,7 @@ def summarise(report, table, args):
     return report | {
         "n": len(readable.files),
         "patients": len(set(readable.clusters())),
+        "patients_by_class": count_patients(readable),
         "names_without_patient": readable.patients.count(None),
         "unreadable": len(table.files) - len(readable.files),
         "positive": CLASSES[1],
@@ -887,11 +1114,26 @@ def summarise(report, table, args):
         "intervals": INTERVALS.format(**about),
         "without_spread": [k for k, v in drawn.items() if v["low"] == v["high"] is not None],
         "subgroups": measure_subgroups(readable, threshold, args.seed),
+        "elsewhere": elsewhere(metrics, (*PREVALENCES, *args.prevalence)),
+        "left_out": count_left_out(table, report["model"] or {}),
+        "not_assessed": [name for name in NOT_ASSESSED if not any(name in a for a in table.about)],
         "calibration": measure_calibration(readable, report["model"] or {}),
-        "warnings": report["warnings"] + below_chance(metrics["auroc"]),
+        "warnings": list(dict.fromkeys(report["warnings"] + below_chance(metrics["auroc"]))),
         "comparison": compare(args, readable, threshold, args.seed) if args.compare else None,
         "versions": {"python": platform.python_version()} | versions,
     }
+
+
+def count_patients(table):
+    """{class: patients}."""
+    pairs = set(zip(table.labels.tolist(), table.clusters(), strict=True))
+    return {name: sum(label == y for y, _ in pairs) for label, name in enumerate(CLASSES)}
+
+
+def count_left_out(table, model):
+    """{split/class: unreadable images}, of training and of the images that are scored."""
+    names = [name for name, error in zip(table.files, table.errors, strict=True) if error]
+    return Counter(Path(name).parent.as_posix() for name in [*model.get("skipped", []), *names])
 
 
 def below_chance(auroc):
@@ -909,6 +1151,8 @@ def write_report(folder, report, table):
 
 def score_split(args):
     """DIR/test, or another split, with its labels."""
+    if args.split == "test" and (args.data_dir / "train").is_dir():
+        require_test(args)
     images = common.read_split(args.data_dir, args.split)[args.split]
     model = load_model(args.checkpoint, args.device, args.arch)
     require_outputs(args, model, "metrics.json", "predictions.csv")
@@ -916,21 +1160,42 @@ def score_split(args):
     table, bad, unlike = predict(model, images, names, args)
     images = [images[row] for row in common.without_bad(images, bad, args.skip_bad)]
 
-    report = {"split": args.split, "model": describe_model(args.checkpoint, model.info)}
-    report |= {"warnings": model.warnings + find_leaks(args, model, images), "unlike": unlike}
+    training, reason = training_images(args.data_dir)
+    data = str(args.data_dir / args.split)
+    report = {
+        "split": args.split,
+        "data": data,
+        "model": describe_model(args.checkpoint, model.info),
+    }
+    doubts = model.warnings + find_leaks(args, model, images, training) + warn_of_elsewhere(unlike)
+    report |= {"warnings": doubts, "unlike": unlike}
     report |= choose_threshold(args, model.info, args.checkpoint.with_suffix(".json"))
     report = summarise(report, table, args)
-    report["warnings"] += describe_unlike(unlike, table.readable())[1]
-    test = args.split == "test"
-    report["shortcut"] = numbers_instead(args, images, table.readable()) if test else None
+    report["shortcut"] = None
+    if args.split == "test":
+        report["shortcut"] = numbers_instead(args, images, table.readable(), training, reason)
     write_report(args.results_dir, report, table)
     draw_worst(args.results_dir / "worst.png", model, images, table.readable(), report)
-    print_report(report, table.readable())
+    write_page(args.results_dir, report, PICTURES)
     if args.cam:
-        write_overlays(args.cam, model, images)
-    print(f"Written: metrics.json, predictions.csv and pictures in {args.results_dir}")
+        write_overlays(args.cam, model, images, table.readable())
+    print_report(report)
+    print(f"Written: report.html, metrics.json, predictions.csv and pictures in {args.results_dir}")
+    print(f"The page to read and to send on: {args.results_dir / 'report.html'}")
     for warning in report["warnings"]:
         common.warn(warning)
+
+
+def require_test(args):
+    """A Failure where there is no test/: what to do, and that the model is not lost."""
+    folder = args.data_dir / "test"
+    if not folder.is_dir():
+        saved = f"{args.checkpoint} is saved; " if args.checkpoint.exists() else ""
+        make = "move whole patients there out of train/ before the split"
+        val = "--split val scores the images that stopped the training, which is no test result"
+        raise Failure(
+            f"{folder}: no such folder, expected images to test on; {saved}{make} ({val})"
+        )
 
 
 def classify(args):
@@ -941,6 +1206,7 @@ def classify(args):
     table, bad, unlike = predict(model, images, [image.path for image in images], args)
     chosen = choose_threshold(args, model.info, args.checkpoint.with_suffix(".json"))
     threshold, replaced = chosen["threshold"], path.exists()
+    common.without_bad(images, bad, args.skip_bad)
     write_predictions(path, table, threshold)
     print(f"Model {args.checkpoint}, threshold {threshold:.4g} ({chosen['threshold_from']})\n")
     width = max(map(len, table.files))
@@ -949,14 +1215,12 @@ def classify(args):
         shown = "-" if error else f"{prob:.3f}"
         odd = f", unlike the training images ({far:.2g})" if far > 1 else ""
         print(f"{name:{width}}  {shown:>12}  {error or CLASSES[int(prob > threshold)]}{odd}")
-    for warning in model.warnings + describe_unlike(unlike, table)[1]:
+    for warning in model.warnings + warn_of_elsewhere(unlike):
         common.warn(warning)
     if args.cam:
         readable = [image for row, image in enumerate(images) if row not in bad]
-        write_overlays(args.cam, model, readable)
+        write_overlays(args.cam, model, readable, table.readable())
     print(f"\nWritten: {path}{', in place of an earlier one' if replaced else ''}")
-    if bad and not args.skip_bad:
-        raise Failure(f"{len(bad)} of {len(images)} images could not be read, see {path}")
 
 
 def named_images(paths):
@@ -968,6 +1232,8 @@ def named_images(paths):
         inside = common.list_images(path, others=True) if path.is_dir() else [path]
         if not inside:
             expected = f"expected images ({common.image_suffixes()}) directly inside"
+            if classes := [str(path / name) for name in CLASSES if (path / name).is_dir()]:
+                expected = f"holds class folders, name these: {' '.join(classes)}; {expected}"
             raise Failure(f"{path}: {expected}, found none")
         found += inside
     return [Image(path, None, common.hash_file(path)) for path in found]
@@ -985,7 +1251,8 @@ def score_again(args):
     table, before = read_predictions(args.source), report_beside(args.source)
     if args.results_dir:
         require_outputs(args, None, "metrics.json", "predictions.csv")
-    report = {"split": args.split, "model": None, "shortcut": None, "warnings": [], "unlike": None}
+    report = {"split": args.split, "data": str(args.source), "model": None, "shortcut": None}
+    report |= {"warnings": [], "unlike": None}
     report |= {key: before[key] for key in report if key in before}
     report |= choose_threshold(args, before, args.source.with_name("metrics.json"))
     report = summarise(report, table, args)
@@ -999,9 +1266,12 @@ def score_again(args):
         report |= {"shortcut": None, "warnings": [*report["warnings"], about]}
     if args.results_dir:
         write_report(args.results_dir, report, table)
-    print_report(report, table.readable())
+        write_page(args.results_dir, report, [name for name in PICTURES if name != "worst"])
+    print_report(report)
     if args.results_dir:
-        print(f"Written: metrics.json, predictions.csv and pictures in {args.results_dir}")
+        print(
+            f"Written: report.html, metrics.json, predictions.csv, pictures in {args.results_dir}"
+        )
         print("Not drawn again, for want of the images: worst.png")
     for warning in report["warnings"]:
         common.warn(warning)
@@ -1029,8 +1299,16 @@ def require_outputs(args, model, *names):
 
 
 def probability(text):
+    if text == "youden" or text.startswith("sensitivity="):
+        raise argparse.ArgumentTypeError(f"{text} is fitted on val while training: train.py")
     if not 0 <= (value := float(text)) <= 1:
         raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, found {text}")
+    return value
+
+
+def prevalence(text):
+    if not 0 < (value := float(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected a share between 0 and 1, found {text}")
     return value
 
 
@@ -1048,20 +1326,27 @@ def parse_args(argv=None):
     add("--threshold", type=probability, default=none, metavar="T",
         help="P(PNEUMONIA) above which an image is PNEUMONIA, 0 to 1 (default: the one stored "
              "with the model)")
+    add("--prevalence", type=prevalence, action="append", default=[], metavar="P",
+        help="share of PNEUMONIA elsewhere, 0 to 1: what a result means there, beside the usual")
     add("--cam", type=Path, default=none, metavar="DIR",
-        help="also write a class activation map of each image there")
+        help="also write a class activation map of each image there, below --results-dir")
     add("--from", type=Path, default=none, dest="source", metavar="CSV",
-        help="score this predictions.csv again, without images and network; prints, and writes "
-             "only where --results-dir is given")
+        help="score this predictions.csv, or the one in this folder, again, without images and "
+             "network; prints, and writes only where --results-dir is given")
     add("--compare", type=Path, default=none, metavar="CSV",
-        help="predictions.csv of another model for the same images: the difference (--threshold "
-             "then holds for both)")
+        help="predictions.csv, or its folder, of another model for the same images: this one minus "
+             "that one (--threshold then holds for both)")
     # fmt: on
     args = parser.parse_args(argv)
     if args.images and (args.source or args.compare):
         parser.error("FILE_OR_FOLDER: --from and --compare need labels, and work on a split only")
     if args.source and args.cam:
         parser.error("--cam: needs the images, --from has none")
+    if args.cam:
+        args.cam = args.results_dir / args.cam
+    for name in ("source", "compare"):
+        if (path := getattr(args, name)) and path.is_dir():
+            setattr(args, name, path / "predictions.csv")
     if args.source and args.results_dir is common.FLAGS["--results-dir"]["default"]:
         args.results_dir = None  # not given: --from only prints
     return args

@@ -13,6 +13,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import shlex
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -90,9 +91,7 @@ def plan_split(data_dir, n, seed):
     moved = choose_patients(train, n, seed)
     if not all(moved.values()):
         together = f"a patient's images stay together, {count_patients(train)} patients in train/"
-        others = (
-            f"ask for more with --per-class (make: PER_CLASS=), or see patient_id in {METADATA}"
-        )
+        others = f"see patient_id in {METADATA}, or ask for more: --per-class (make: PER_CLASS=)"
         raise Failure(f"--per-class {n}: {together}, and no choice is that small; {others}")
     if wanted and any(len(files) < n for files in moved.values()):
         warn(f"whole patients give {count(moved)} images, not {n} of each")
@@ -142,8 +141,9 @@ def list_moves(data_dir, moved, source, target):
             raise Failure(f"{new}: exists already, and so does {old}; remove one of them")
     for folder in list_folders(data_dir) if moves else ():
         if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
-            links = f"split_val.py --data-dir NEW --link-from {data_dir}"
-            links += f" (make: DATA=NEW LINK_FROM={data_dir}) makes a tree of links"
+            source = shlex.quote(str(data_dir))
+            links = f"split_val.py --data-dir NEW --link-from {source}"
+            links += f" (make: DATA=NEW LINK_FROM={source}) makes a tree of links"
             raise Failure(f"{folder}: not writable, images are to be moved; {links}")
     if gone := [old for old, new in pairs if not os.path.lexists(old) and not os.path.lexists(new)]:
         warn(f"{gone[0].name}: gone since the split ({len(gone)} such images)")
@@ -203,14 +203,22 @@ def link_images(data_dir, source):
         raise Failure(
             f"--link-from {source}: is --data-dir itself; name another folder for the links"
         )
-    splits = ["train", *(each for each in ("val", "test") if (source / each).is_dir())]
-    for split in splits:
-        for path, label in common.list_split(source, split):
-            places = [data_dir / each / CLASSES[label] / path.name for each in (split, "val")]
-            if not any(map(os.path.lexists, places)):  # neither linked already, nor moved since
-                places[0].parent.mkdir(parents=True, exist_ok=True)
-                places[0].symlink_to(path)
-                made += 1
+    try:
+        splits = ["train", *(each for each in ("val", "test") if (source / each).is_dir())]
+        listed = [(split, *each) for split in splits for each in common.list_split(source, split)]
+    except Failure as error:
+        raise Failure(str(error).replace("--data-dir", "--link-from")) from None
+    for split, path, label in listed:
+        places = [data_dir / each / CLASSES[label] / path.name for each in (split, "val")]
+        there = next(filter(os.path.lexists, places), None)  # linked already, perhaps moved since
+        if there and there.resolve() != path:
+            raise Failure(
+                f"{there}: is no link to {path}; name another --data-dir for these images"
+            )
+        if not there:
+            places[0].parent.mkdir(parents=True, exist_ok=True)
+            places[0].symlink_to(path)
+            made += 1
     if (source / METADATA).exists() and not os.path.lexists(data_dir / METADATA):
         (data_dir / METADATA).symlink_to(source / METADATA)
     print(f"Linked {made} images of {source} into {data_dir}")
@@ -220,12 +228,9 @@ def split(args):
     """Writes the plan first and then renames what remains of it, so that any run completes it."""
     data_dir, path = args.data_dir, args.data_dir / SPLIT_FILE
     if args.link_from:
-        data_dir.mkdir(parents=True, exist_ok=True)
+        link_images(data_dir, args.link_from)
     with lock(data_dir):
         record, val = common.read_json(path), list_val(data_dir)
-        if args.link_from:
-            link_images(data_dir, args.link_from)
-            val = list_val(data_dir)
         if record is None and any(val.values()):
             keep_foreign(data_dir, val)
             return
@@ -642,6 +647,9 @@ def examine(data_dir):
         "errors": [f"{file}: {reason}" for file, reason in unreadable],
         "warnings": [],
     }
+    if "test" not in splits:
+        none = "no test/: nothing to report a result on; move whole patients there out of train/"
+        report["warnings"].append(f"{none} before the split")
     report_duplicates(report, xrays)
     report_negatives(report, xrays)
     report_patients(report, xrays)
@@ -660,7 +668,8 @@ def print_report(report):
     for key in ("sizes", "modes", "formats"):
         properties = [f"{kind} ({sum(folders.values())})" for kind, folders in report[key].items()]
         more = f" and {len(properties) - 4} more" if properties[4:] else ""
-        print(f"{key:<17} {', '.join(properties[:4])}{more}")
+        whole = f" (the whole film is resized to {common.SIZE}x{common.SIZE})" * (key == "sizes")
+        print(f"{key:<17} {', '.join(properties[:4])}{more}{whole}")
     pairs = ", ".join(f"{n} in {split}" for split, n in report["same_patient_pairs"].items())
     print(f"pairs of images of one patient inside a split: {pairs}")
     fitted = "the other images" if report["shift"] else "other patients"

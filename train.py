@@ -49,6 +49,8 @@ def load_weights(args):
         warn("--weights random: nothing is pretrained, the result says nothing about this method")
         return None, None
     path = imagenet_file(args.arch) if args.weights == "imagenet" else Path(args.weights)
+    if not path.is_file():
+        raise Failure(f"--weights {path}: no such file; expected imagenet, random or a state dict")
     return common.read_checkpoint(path), path
 
 
@@ -239,6 +241,15 @@ def quiet(line):
     """The log of heads that are trained by the dozen."""
 
 
+def print_weight(labels):
+    """Says what balanced_criterion does where the classes are not equally frequent."""
+    n_positive = int(labels.sum())
+    if n_positive != len(labels) - n_positive:
+        counts = f"{len(labels) - n_positive} NORMAL and {n_positive} PNEUMONIA images"
+        weight = balanced_criterion(labels).pos_weight.item()
+        print(f"Training on {counts}: a PNEUMONIA image weighs {weight:.3g} in the loss")
+
+
 @contextlib.contextmanager
 def one_thread():
     """One thread for torch: a sum then has one order, however many cores there are."""
@@ -308,7 +319,8 @@ def threshold_rule(text):
 def prepare(args, *outputs):
     """(device, fast dtype, {split: [Image]}, Backbone); checks the outputs, before the work."""
     device, dtype = common.pick_device(args.device)
-    found = common.read_split(args.data_dir, "train", "val")
+    alone = args.folds and not (args.data_dir / "val").exists()  # cross-validation needs no val/
+    found = {"val": []} | common.read_split(args.data_dir, "train", *["val"] * (not alone))
     backbone = common.build_backbone(args.arch, *load_weights(args))
     common.require_writable(*outputs)
     return device, dtype, found, backbone
@@ -352,6 +364,18 @@ def save_checkpoint(path, backbone, head, about):
     with replacing(path) as file:
         file.write(buffer.getbuffer())
     common.write_json(path.with_suffix(".json"), about | {"sha256": common.hash_file(path)})
+
+
+def score_shares(positive, labels, images):
+    """{accuracy, sensitivity, specificity: {value, low, high}} of predictions (..., N).
+
+    Several of an image, those of repeats, count as their mean. On val no test result: it stopped
+    the training, and chose the threshold where a rule did.
+    """
+    right = (positive == (labels > 0.5)).double().reshape(-1, len(labels)).mean(0).numpy()
+    patients, y = np.array([image.group for image in images]), labels.numpy()
+    sides = {"accuracy": y >= 0, "sensitivity": y > 0.5, "specificity": y < 0.5}
+    return {name: common.proportion(right[side], patients[side]) for name, side in sides.items()}
 
 
 def describe(args, backbone, best, heads, images, skipped):
@@ -487,8 +511,9 @@ def cross_validate(args):
     Scores the held-out predictions of each repeat as one table. The folds' spread, and what the
     single split of train/ and val/ says, stand beside it.
     """
-    path = args.results_dir / "cv.json"
-    device, dtype, found, backbone = prepare(args, path)
+    names = "cv.json", "doubtful_labels.csv", "doubtful_labels.png"
+    path, table, sheet = (args.results_dir / name for name in names)
+    device, dtype, found, backbone = prepare(args, path, table, sheet)
     both = found["train"] + found["val"]
     views, images, _ = load_features(
         backbone, both, args.views, args, device=device, dtype=dtype, compiled=args.compile
@@ -499,8 +524,9 @@ def cross_validate(args):
     common.end_other_ranks()
     features, labels = features[:, 0], labels_of(images)
     data, n_train = (views, features, labels), sum(i.path.parts[-3] == "train" for i in images)
+    print_weight(labels)
 
-    by_repeat, by_fold, epochs = [], [], []
+    by_repeat, by_fold, epochs, single = [], [], [], {}
     bar = tqdm(total=args.folds * args.repeats, unit=" heads", disable=None)
     with one_thread(), bar:
         for seed in range(args.seed, args.seed + args.repeats):
@@ -516,33 +542,59 @@ def cross_validate(args):
                 )
                 epochs.append(epoch)
                 bar.update()
-            by_repeat.append(common.score(probs, labels.long(), args.threshold))
-        train, val = torch.arange(len(labels)).split([n_train, len(labels) - n_train])
-        probs, epoch = held_out_probs(*data, train, val, val, args, args.seed)
-    single = common.score(probs, labels[val].long(), args.threshold)
+            by_repeat.append(probs)
+        if found["val"]:
+            train, val = torch.arange(len(labels)).split([n_train, len(labels) - n_train])
+            probs, single["epoch"] = held_out_probs(*data, train, val, val, args, args.seed)
+            single |= common.score(probs, labels[val].long(), args.threshold)
 
+    probs = torch.stack(by_repeat)
+    shares = score_shares(probs > args.threshold, labels, images)
+    pooled = [common.score(each, labels.long(), args.threshold) for each in probs]
     metrics = {
-        name: wilson_of(name, [scores[name] for scores in by_repeat], labels)
+        name: {"value": summary([scores[name] for scores in pooled])["mean"]}
+        | {"low": None, "high": None}
+        | shares.get(name, {})
         | summary([scores[name] for scores in by_fold])
-        | {"single_split": single[name]}
-        for name in single
+        | {"single_split": single.get(name)}
+        for name in common.SCORES
     }
-    epochs = summary(epochs) | {"single_split": epoch}
+    epochs = summary(epochs) | {"single_split": single.get("epoch")}
     print_cross_validation(metrics, epochs, len(labels), args)
     about = {"folds": args.folds, "repeats": args.repeats, "n": len(labels)}
     common.write_json(path, about | {"metrics": metrics, "epochs": epochs})
-    print(f"Wrote {path}; the test images were not opened")
+    write_doubtful(table, sheet, probs, labels, images, args)
+    print(f"Wrote {path}, {table.name} and {sheet.name}; the test images were not opened")
 
 
-def wilson_of(name, values, labels):
-    """{value, low, high}: a score's mean over the repeats, with Wilson's interval if it has one."""
-    values = [value for value in values if value is not None]
-    value = statistics.fmean(values) if values else None
-    positives = int(labels.sum())
-    n = {"accuracy": len(labels), "sensitivity": positives, "specificity": len(labels) - positives}
-    if name not in n:
-        return {"value": value, "low": None, "high": None}
-    return common.wilson(round(value * n[name]), n[name]) | {"value": value}
+def write_doubtful(table, sheet, probs, labels, images, args):
+    """The images by how badly the heads that had not seen them fit their labels, the worst first.
+
+    probs: float32 (n_repeats, N), held out. A doubtful label is a reason to look, not an error.
+    """
+    from matplotlib.figure import Figure
+
+    losses = nn.functional.binary_cross_entropy(probs, labels.expand_as(probs), reduction="none")
+    mean, loss = probs.mean(0), losses.mean(0)
+    missed = ((probs > args.threshold) != (labels > 0.5)).sum(0)
+    order = loss.argsort(descending=True, stable=True).tolist()
+    files = [image.path.relative_to(args.data_dir).as_posix() for image in images]
+    with replacing(table, "w") as file:
+        writer = csv.writer(file)
+        writer.writerow(("file", "label", "mean_probability", "mean_loss", "missed", "repeats"))
+        for row in order:
+            told = files[row], CLASSES[images[row].label], f"{mean[row]:.4f}", f"{loss[row]:.4f}"
+            writer.writerow((*told, missed[row].item(), len(probs)))
+    figure = Figure((10, 8.4), layout="constrained")
+    figure.suptitle("The most doubtful labels: a reason to look, not an error (P: of PNEUMONIA)")
+    for ax in figure.subplots(3, 4).flat:
+        ax.axis("off")
+    for ax, row in zip(figure.axes, order[:12], strict=False):
+        ax.imshow(common.load_image(images[row].path, args.window), cmap="gray", vmin=0, vmax=255)
+        told = f"label {CLASSES[images[row].label]}, held out P {mean[row]:.2f}"
+        ax.set_title(f"{images[row].path.name:.34}\n{told}", fontsize=7, parse_math=False)
+    with replacing(sheet) as file:
+        figure.savefig(file, format="png", dpi=110)
 
 
 def print_cross_validation(metrics, epochs, n, args):
@@ -558,7 +610,7 @@ def print_cross_validation(metrics, epochs, n, args):
         value, *cells = ("-" if x is None else f"{x:.3f}" for x in (row["value"], *cells))
         print(line.format(name, value, interval, *cells))
     cells = (epochs[key] for key in ("mean", "deviation", "min", "max", "single_split"))
-    mean, *cells = (f"{x:.1f}" for x in cells)
+    mean, *cells = ("-" if x is None else f"{x:.1f}" for x in cells)
     print(line.format("best epoch", mean, "", *cells))
 
 
@@ -630,25 +682,32 @@ def train(args):
     )
     common.end_other_ranks()
     features, labels = features[:, 0], labels_of(val_images)
+    print_weight(labels_of(train_images))
 
     with one_thread():
         best, heads = train_seeds(views, labels_of(train_images), features, labels, args)
         print(f"Training complete. Best validation loss: {best.val_loss:.4f}")
         logits = best.head(features).squeeze(1).detach()
         slope, intercept = (1.0, 0.0) if args.no_calibrate else calibrate(logits, labels)
-        threshold = fit_threshold(args.threshold, (slope * logits + intercept).sigmoid(), labels)
+        probs = (slope * logits + intercept).sigmoid()
+        threshold = fit_threshold(args.threshold, probs, labels)
     with torch.no_grad():
         best.head.weight *= slope
         best.head.bias.mul_(slope).add_(intercept)
 
     fitted = {"threshold": threshold, "slope": slope, "intercept": intercept}
+    fitted["at_threshold"] = score_shares(probs > threshold, labels, val_images)
     images = {"train": train_images, "val": val_images}
     described = describe(args, backbone, best, heads, images, skipped + val_skipped) | fitted
     described["features"] = describe_features(views, features)
     save_checkpoint(args.checkpoint, backbone, best.head, described)
     write_history(args.results_dir / "history.csv", best.history)
-    kept = f"epoch {best.epoch} (val accuracy {best.val_accuracy:.3f}) in {args.checkpoint}"
-    kept += f", threshold {threshold:.3g}"
+    scores = ", ".join(
+        "{} {value:.3f} ({low:.3f} to {high:.3f})".format(name, **share)
+        for name, share in fitted["at_threshold"].items()
+    )
+    print(f"At threshold {threshold:.3g} on val: {scores}")
+    kept = f"epoch {best.epoch} in {args.checkpoint}, threshold {threshold:.3g}"
     if stop := best.interrupted:
         epochs = f"interrupted after {len(best.history)} epochs"
         raise type(stop)(f"{epochs}; kept the best so far, {kept}")

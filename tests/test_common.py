@@ -178,6 +178,9 @@ def test_the_last_gpu_exists_and_the_one_after_does_not(monkeypatch):
 def test_each_process_of_torchrun_gets_its_own_gpu(monkeypatch):
     Machine(monkeypatch, cuda=4)
     monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
     assert common.pick_device("auto")[0] == torch.device("cuda:3")
 
 
@@ -396,7 +399,7 @@ def test_the_numbers_of_an_image_are_those_of_its_file(tmp_path):
     Image.fromarray(pixels).convert("RGB").save(tmp_path / "a.jpeg", quality=83, subsampling=0)
     numbers, picture, scan = common.image_numbers(tmp_path / "a.jpeg")
     assert (numbers["width"], numbers["height"]) == scan.size == (60, 100)
-    assert numbers["mode"] == 24 and scan.format == "JPEG" and numbers["JPEG quality"] == 83
+    assert numbers["bits a pixel"] == 24 and scan.format == "JPEG" and numbers["JPEG quality"] == 83
     assert numbers["file size"] == (tmp_path / "a.jpeg").stat().st_size
     assert numbers["mean"] == pytest.approx(49.5, abs=0.2)
     assert numbers["sharpness"] == pytest.approx(1, abs=0.1) and picture.mode == "L"
@@ -404,7 +407,7 @@ def test_the_numbers_of_an_image_are_those_of_its_file(tmp_path):
     Image.fromarray(pixels).save(buffer, "png")
     (tmp_path / "a.png").write_bytes(buffer.getvalue())
     numbers, _, scan = common.image_numbers(tmp_path / "a.png")
-    assert (numbers["mode"], numbers["JPEG quality"], scan.format) == (8, 0, "PNG")
+    assert (numbers["bits a pixel"], numbers["JPEG quality"], scan.format) == (8, 0, "PNG")
 
 
 def test_importing_the_scripts_prints_and_writes_nothing(tmp_path):

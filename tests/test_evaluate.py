@@ -29,7 +29,7 @@ from common import CLASSES
 
 NAMES = ("roc", "precision_recall", "confusion", "reliability", "scores", "worst")
 PICTURES = {f"{name}.png" for name in NAMES}
-TABLES = {"metrics.json", "predictions.csv"}
+TABLES = {"metrics.json", "predictions.csv", "report.html"}
 PROPORTIONS = ("accuracy", "sensitivity", "specificity", "ppv", "npv")
 
 # ---------------------------------------------------------------- fixtures and helpers
@@ -47,6 +47,7 @@ def quick(request, monkeypatch):
     if "pictures" not in request.fixturenames:
         monkeypatch.setattr(evaluate, "draw_pictures", lambda *_: None)
         monkeypatch.setattr(evaluate, "draw_worst", lambda *_: None)
+        monkeypatch.setattr(evaluate, "PICTURES", {})
 
 
 @pytest.fixture(scope="session")
@@ -524,7 +525,8 @@ def test_a_good_network_is_rarely_called_no_better_than_random_numbers(tmp_path)
     for seed in range(6):
         (table,) = simulate(rng, 48, 12, apart=1.81)  # AUROC 0.90
         args = Namespace(data_dir=folder, split="test", seed=seed)
-        found = evaluate.numbers_instead(args, images, table)
+        training = evaluate.training_images(folder)
+        found = evaluate.numbers_instead(args, images, table, *training)
         verdicts += [found["network_is"], found["numbers"]["all numbers"]["network_is"]]
     assert verdicts.count("NO BETTER") <= 1 and verdicts.count("better") >= 6
 
@@ -640,7 +642,7 @@ def test_intervals_without_any_spread_are_named(tmp_path, capsys):
     report = read_report(folder)
     assert status == 0 and report["metrics"]["auroc"]["value"] == pytest.approx(1)
     assert {"auroc", "average_precision"} <= set(report["without_spread"])
-    assert "no interval can be given" in capsys.readouterr().out
+    assert "No interval of " in capsys.readouterr().out
 
 
 def test_one_test_image_a_class_is_scored_with_pictures(run, pictures, data, tmp_path):
@@ -801,13 +803,16 @@ def test_new_images_get_a_table_and_an_unreadable_one_its_error(run, data, tmp_p
         image.resize((40, 60)).save(folder / "small.bmp")
     (folder / "bad.jpg").write_text("<html>")
     (folder / "notes.txt").write_text("no image")
-    assert run(folder, good, "--cam", tmp_path / "maps") == 2
-    captured, path = capsys.readouterr(), tmp_path / "results/new_predictions.csv"
-    assert f"1 of 4 images could not be read, see {path}" in captured.err
-    warning, failure = captured.err.splitlines()
+    path = tmp_path / "results/new_predictions.csv"
+    assert run(good) == 0
+    earlier = path.read_bytes()
+    assert run(folder, good) == 2
+    warning, failure = capsys.readouterr().err.splitlines()
     assert warning.startswith(f"warning: {folder}: 1 files are not read (.txt)")
-    assert failure.startswith("evaluate.py: ")
-    rows = read_rows(path)
+    assert failure.startswith(f"evaluate.py: {folder / 'bad.jpg'}: a web page")
+    assert path.read_bytes() == earlier  # a run that fails leaves it alone
+    assert run(folder, good, "--skip-bad", "--cam", "maps") == 0
+    captured, rows = capsys.readouterr(), read_rows(path)
     assert list(rows[0]) == list(evaluate.COLUMNS)
     names = [str(folder / name) for name in ("bad.jpg", "large.png", "small.bmp")]
     assert [row["file"] for row in rows] == [*names, str(good)]
@@ -816,7 +821,7 @@ def test_new_images_get_a_table_and_an_unreadable_one_its_error(run, data, tmp_p
     for row in rows[1:]:
         assert row["prediction"] == CLASSES[float(row["probability"]) > 0.5]
         assert row["label"] == row["error"] == "" and f"{row['file']} " in captured.out
-    found = {path.name for path in (tmp_path / "maps").iterdir()}
+    found = {path.name for path in (tmp_path / "results" / "maps").iterdir()}
     assert found == {"large.png.png", "small.bmp.png", f"{good.name}.png"}
 
 
@@ -878,7 +883,7 @@ def test_from_without_a_results_folder_prints_the_same_and_writes_nothing(
 ):
     monkeypatch.chdir(tmp_path)
     assert evaluate.main(["--from", str(scored[0] / "predictions.csv")]) == 0
-    other = "Device: ", "Features", "Written: "
+    other = "Device: ", "Features", "Written: ", "The page "
     expected = [line for line in scored[1].splitlines() if not line.startswith(other)]
     assert capsys.readouterr().out.splitlines() == expected
     assert not [*tmp_path.iterdir()]
@@ -1029,8 +1034,10 @@ def test_cam_writes_an_overlay_of_every_image_orange_for_pneumonia_and_blue_for_
             heat = (last * network.fc.weight.view(1, -1, 1, 1)).sum(1, keepdim=True)
             heat = nn.functional.interpolate(heat + network.fc.bias, (224, 224), mode="bilinear")
         with Image.open(tmp_path / "maps" / path.parent.name / f"{path.name}.png") as picture:
-            assert picture.size == (224, 224) and picture.mode == "RGB"
-            red, _, blue = np.asarray(picture).astype(int).transpose(2, 0, 1)
+            assert picture.size == (448, 488) and picture.mode == "RGB"
+            assert np.asarray(picture)[:40].min() < 100  # the caption
+            map_ = picture.crop((0, 40, 448, 488)).resize((224, 224), Image.Resampling.BOX)
+            red, _, blue = np.asarray(map_).astype(int).transpose(2, 0, 1)
         for sign in seen:
             strong = (sign * heat > 0.4 * heat.abs().max())[0, 0].numpy()
             assert (sign * (red - blue)[strong] > 20).all()

@@ -60,6 +60,7 @@ def plain(monkeypatch):
     faults.plain(monkeypatch.setattr)
     for script, name in PICTURES:
         monkeypatch.setattr(script, name, lambda *_: None)
+    monkeypatch.setattr(evaluate, "PICTURES", {})
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -343,7 +343,10 @@ def test_what_a_table_leaves_open_is_told_with_its_number(data, capsys):
     split_val.main(with_table(data, f"file_name,sex\n{images[0]},F\n"))
     assert "no column patient_id" in capsys.readouterr().err
     for text, expected in (
-        ("image,patient_id\n", "expected the columns file_name and patient_id, found image"),
+        (
+            "image,patient_id\n",
+            "expected the columns file_name and patient_id, separated by commas, found image",
+        ),
         (f"file_name\n{images[0]}\n{images[0]}\n", "row 3"),
         ("", "an empty file"),
     ):
@@ -614,7 +617,7 @@ def test_pictures_from_elsewhere_are_told_one_by_one_and_as_a_group(data, tmp_pa
     assert evaluate.main(flags(data)) == 0
     report, page = common.read_json(tmp_path / "results" / "metrics.json"), capsys.readouterr()
     assert report["unlike"]["elsewhere"] and "these images come from elsewhere" in page.err
-    assert "Unlike the training images: " in page.out
+    assert "Images unlike those of training: " in page.out
     noise = tmp_path / "noise.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (224, 224), np.uint8)).save(noise)
     assert evaluate.main(flags(data, noise)) == 0
@@ -626,3 +629,115 @@ def test_classes_that_are_swapped_are_suspected(tmp_path, capsys):
     (tmp_path / "a.csv").write_text("\n".join(["file,label,probability", *rows]))
     assert evaluate.main(["--from", str(tmp_path / "a.csv")]) == 0
     assert "far below chance: are the class folders swapped?" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- what is easily overlooked
+
+
+def test_a_patient_of_the_test_images_in_train_or_val_is_warned_of_in_the_report(
+    data, tmp_path, flags, capsys
+):
+    child = sorted((data / "train" / "NORMAL").iterdir())[0]
+    test = sorted((data / "test" / "NORMAL").iterdir())[0]
+    test.rename(test.with_name(f"{common.patient_of(child.name)}-0099.jpeg"))
+    other = sorted((data / "train" / "PNEUMONIA").iterdir())[0]
+    val = sorted((data / "val" / "PNEUMONIA").iterdir())[0]
+    val.rename(val.with_name(f"{common.patient_of(other.name)}_99.jpeg"))
+    assert train.main(flags(data, *TINY)) == 0
+    assert "1 patients are in train/ and val/, as person" in capsys.readouterr().err
+    assert evaluate.main(flags(data)) == 0
+    error = capsys.readouterr().err
+    assert "1 of 24 test images are of patients in train/ or val/" in error
+
+
+def test_links_into_another_source_are_not_taken_for_those_asked_for(data, tmp_path, capsys):
+    shutil.rmtree(data / "val")
+    shutil.copytree(data, other := tmp_path / "other")
+    links = tmp_path / "links"
+    assert split_val.main(["--data-dir", str(links), "--link-from", str(data)]) == 0
+    assert split_val.main(["--data-dir", str(links), "--link-from", str(other)]) == 2
+    assert f"is no link to {other}" in capsys.readouterr().err
+    again = "--data-dir", str(tmp_path / "again")
+    assert split_val.main([*again, "--link-from", str(tmp_path)]) == 2
+    assert "see --link-from" in capsys.readouterr().err and not (tmp_path / "again").exists()
+
+
+def test_colour_of_16_bits_is_refused_in_every_format(tmp_path):
+    pixels = np.repeat(LEVELS[..., None], 3, 2).astype(">u2").tobytes()
+    (tmp_path / "a.ppm").write_bytes(b"P6\n256 256\n65535\n" + pixels)
+    planes = np.repeat(LEVELS[None], 3, 0).astype("<u2").tobytes()
+    tags = {256: 256, 257: 256, 258: (16, 16, 16), 259: 1, 262: 2, 273: 0, 277: 3, 278: 256}
+    tags |= {279: 0, 284: 2}
+    extra = {258: (16,) * 3, 273: [8 + i * 131072 for i in range(3)], 279: [131072] * 3}
+    at, data, entries = 8 + len(planes), b"", []
+    for key in sorted(tags):
+        if key in extra:
+            kind, code = ("H", 3) if key == 258 else ("I", 4)
+            entries.append(struct.pack("<HHII", key, code, 3, at + len(data)))
+            data += struct.pack(f"<3{kind}", *extra[key]).ljust(12, b"\0")
+        else:
+            entries.append(struct.pack("<HHII", key, 4, 1, tags[key]))
+    directory = struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+    start = struct.pack("<I", at + len(data))
+    (tmp_path / "b.tiff").write_bytes(b"II*\0" + start + planes + data + directory)
+    for name in ("a.ppm", "b.tiff"):
+        with pytest.raises(ValueError, match="16 bits a channel"):
+            common.open_image(tmp_path / name)
+
+
+def test_dicom_windows_that_miss_the_film_and_ranges_of_padding(tmp_path):
+    plain = grey(common.load_image(write_dicom(tmp_path / "a.dcm", LEVELS), 2))
+    for window in (
+        {"WindowCenter": 40, "WindowWidth": 4},
+        {"WindowCenter": -600, "WindowWidth": 100},
+    ):
+        found = grey(common.load_image(write_dicom(tmp_path / "b.dcm", LEVELS, **window), 2))
+        assert (found == plain).all(), window
+    film = LEVELS // 2
+    padded = film.copy()
+    padded[:60] = 4000 + np.arange(256) % 90
+    tags = {"PixelPaddingValue": 4000, "PixelPaddingRangeLimit": 4095}
+    found = grey(common.load_image(write_dicom(tmp_path / "c.dcm", padded, **tags), 2))
+    assert (found[:50] == 0).all() and np.abs(found[60:] - plain[60:]).max() < 25
+    header = tmp_path / "d.dcm"
+    header.write_bytes(write_dicom(tmp_path / "c.dcm", LEVELS).read_bytes()[128 + 4 :])
+    assert "DICM at byte 128" in common.explain_unreadable(header, _unidentified(header))
+
+
+def _unidentified(path):
+    with pytest.raises(OSError) as caught:
+        common.open_image(path)
+    return caught.value
+
+
+def test_spaces_in_a_table_separate_no_patient_and_odd_places_are_told(data, flags, capsys):
+    images = sorted(path.name for path in data.glob("train/NORMAL/*"))
+    with_table(data, f"file_name, patient_id\n{images[0]},P3\n{images[1]},P3 \n")
+    found = {i.path.name: i.patient for i in common.read_split(data, "train")["train"]}
+    assert found[images[0]] == found[images[1]] == "P3"
+    (data / "metadata.csv").rename(data / "train" / "metadata.csv")
+    assert train.main(flags(data, *TINY)) == 2
+    assert f"expected it one level up, in {data}" in capsys.readouterr().err
+    (data / "train" / "metadata.csv").unlink()
+    (deeper := data / "train" / "NORMAL" / "more").mkdir()
+    for target in (deeper, data / "train"):
+        shutil.copy(data / "test" / "NORMAL" / os.listdir(data / "test" / "NORMAL")[0], target)
+    assert train.main(flags(data, *TINY, "--epochs", 1)) == 0
+    error = capsys.readouterr().err
+    assert f"{deeper}: the images in it are not read" in error
+    assert f"{data / 'train'}: the images directly in it are not read" in error
+
+
+def test_a_record_of_something_else_and_a_stray_rank_are_told(
+    data, tmp_path, flags, monkeypatch, capsys
+):
+    assert train.main(flags(data, *TINY)) == 0
+    common.write_json(tmp_path / "model.json", {"images": 3})
+    assert evaluate.main(flags(data)) == 2
+    assert "model.json: not about a model" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    monkeypatch.setattr(common, "try_device", lambda name: "")
+    monkeypatch.setenv("LOCAL_RANK", "3")  # of a scheduler, without torchrun
+    assert common.pick_device("auto")[0] == torch.device("cuda:0")

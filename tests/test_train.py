@@ -488,7 +488,7 @@ def test_make_passes_a_flag_only_where_its_variable_was_given_and_refuses_a_typo
     line = make("train", "EPOCHS=3", "GPUS=4", "DATA=/scans/chest x").stdout.splitlines()[-1]
     launch = "torch.distributed.run --standalone --nproc-per-node 4 train.py"
     assert f".venv/bin/python -m {launch} " in line
-    assert '--epochs "3"' in line and '--data-dir "/scans/chest x"' in line
+    assert "--epochs '3'" in line and "--data-dir '/scans/chest x'" in line
     scripts = [line.split()[1] for line in make("all", "PER_CLASS=8").stdout.splitlines()[-3:]]
     assert scripts == ["split_val.py", "train.py", "evaluate.py"]
     typo = make("train", "EPOCH=3")
@@ -497,12 +497,12 @@ def test_make_passes_a_flag_only_where_its_variable_was_given_and_refuses_a_typo
 
 def test_run_keeps_the_files_of_two_experiments_apart():
     for line in make("all", "RUN=wide").stdout.splitlines()[-2:]:
-        assert '--checkpoint "runs/wide/model.pth"' in line
-        assert '--results-dir "runs/wide/results"' in line
+        assert "--checkpoint 'runs/wide/model.pth'" in line
+        assert "--results-dir 'runs/wide/results'" in line
     again = make("evaluate", "RUN=wide", "ARGS=--from runs/wide/results/predictions.csv").stdout
     assert "--results-dir" not in again  # which only prints
     line = make("train", "RUN=wide", "MODEL=x.pth").stdout.splitlines()[-1]
-    assert '--checkpoint "x.pth"' in line and '--results-dir "runs/wide/results"' in line
+    assert "--checkpoint 'x.pth'" in line and "--results-dir 'runs/wide/results'" in line
 
 
 # ---------------------------------------------------------------- torchrun
