@@ -13,6 +13,7 @@ import inspect
 import io
 import json
 import os
+import platform
 import re
 import signal
 import sys
@@ -25,7 +26,9 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
+from importlib import metadata
 from pathlib import Path, PurePosixPath
+from statistics import NormalDist
 from typing import NamedTuple
 
 try:
@@ -33,12 +36,10 @@ try:
     import PIL.Image
     import torch
     import torch.distributed as dist
-    import torchmetrics.functional.classification as tm
     import torchvision
     from PIL import ImageMode, ImageOps, PngImagePlugin, TiffImagePlugin
     from scipy.optimize import minimize
     from scipy.special import expit
-    from scipy.stats import norm
     from torch import nn
     from torch.fx.experimental.optimization import fuse
     from torch.utils.data import DataLoader, Dataset
@@ -46,7 +47,8 @@ try:
     from torchvision.transforms import v2
     from tqdm import tqdm
 
-    for later in ("matplotlib", "pydicom", "sklearn"):  # imported where they are needed
+    # imported where they are needed: a second of which most runs wait for nothing
+    for later in ("matplotlib", "pydicom", "scipy.stats", "sklearn", "torchmetrics"):
         if importlib.util.find_spec(later) is None:
             raise ImportError(f"No module named {later!r}")
 except Exception as error:  # a package is missing, or is not for the version of another
@@ -207,8 +209,11 @@ def better_level(data_dir):
     return ""
 
 
-def read_split(data_dir, *splits):
-    """{split: [Image]}. An interrupted split, or one file in two of the folders, is a Failure."""
+def read_split(data_dir, *splits, rows=None):
+    """{split: [Image]}. An interrupted split, or one file in two of the folders, is a Failure.
+
+    rows: of read_metadata, where it was called already.
+    """
     record = read_json(Path(data_dir, SPLIT_FILE)) or {"moved": {}}
     for name, files in record["moved"].items():
         if left := [file for file in files if os.path.lexists(Path(data_dir, "train", name, file))]:
@@ -218,12 +223,9 @@ def read_split(data_dir, *splits):
             )
     found, first = {}, {}
     listed = {split: list_split(data_dir, split, others=True) for split in splits}
-    rows = read_metadata(data_dir) if splits else {}
+    rows = read_metadata(data_dir) if splits and rows is None else rows
     for split in splits:
-        with ThreadPoolExecutor() as pool:
-            digests = list(pool.map(hash_file, (path for path, _ in listed[split])))
-        pairs = zip(listed[split], digests, strict=True)
-        found[split] = [identify(path, label, digest, rows) for (path, label), digest in pairs]
+        found[split] = identify_all(listed[split], rows)
         for image in found[split]:
             twin = first.setdefault(image.digest, image)
             if image.digest and twin.path.parent != image.path.parent:
@@ -249,16 +251,17 @@ def hash_file(path):
         return ""
 
 
-def read_metadata(data_dir, quiet=False):
+def read_metadata(data_dir):
     """{path: row} of DIR/metadata.csv for the images in train/, val/ and test/, {} without one.
 
     As in Hugging Face's ImageFolder: the column file_name is the image's own name, or its path
     below DIR where two images have one name (as train/... also after the split). patient_id tells
     the patient, what else there is makes subgroups. Tells how many rows and images have no partner.
     """
-    path, say = Path(data_dir, METADATA), (lambda text: None) if quiet else warn
+    path = Path(data_dir, METADATA)
     try:
-        table = list(csv.reader(io.StringIO(path.read_text("utf-8-sig"), newline=""), strict=True))
+        reader = csv.reader(io.StringIO(path.read_text("utf-8-sig"), newline=""), strict=True)
+        table = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
     except FileNotFoundError:
         if (odd := Path(data_dir, "train", METADATA)).exists():
             raise Failure(
@@ -267,13 +270,12 @@ def read_metadata(data_dir, quiet=False):
         return {}
     except (UnicodeDecodeError, csv.Error) as error:
         raise Failure(f"{path}: not a CSV file in UTF-8 ({error})") from None
-    columns = [column.strip() for column in table[0]] if table else []
+    columns = table[0][1] if table else []
     if "file_name" not in columns:
         expected = "expected the columns file_name and patient_id, separated by commas"
         raise Failure(f"{path}: {expected}, found {', '.join(columns) or 'an empty file'}")
     if "patient_id" not in columns:
-        say(f"{path}: no column patient_id, so that the images' names tell the patients")
-    rows = [dict(zip(columns, map(str.strip, row), strict=False)) for row in table[1:] if row]
+        warn(f"{path}: no column patient_id, so that the images' names tell the patients")
     folders = [Path(data_dir, split, name) for split in SPLITS for name in CLASSES]
     images = [image for each in folders if each.is_dir() for image in list_images(each)]
     places = {}
@@ -282,7 +284,8 @@ def read_metadata(data_dir, quiet=False):
         for key in {image.name, below, re.sub("^val/", "train/", below)}:
             places.setdefault(key, []).append(image)
     found, absent = {}, []
-    for number, row in enumerate(rows, 2):
+    for number, row in table[1:]:
+        row = dict(zip(columns, row, strict=False))
         name = PurePosixPath(row["file_name"]).as_posix()
         here = places.get(name, [])
         if len(here) > 1:
@@ -295,19 +298,26 @@ def read_metadata(data_dir, quiet=False):
         found |= dict.fromkeys(here, row)
         absent += [] if here else [name]
     if absent:
-        say(f"{path}: {len(absent)} of {len(rows)} rows have no image here, as {absent[0]}")
+        warn(f"{path}: {len(absent)} of {len(table) - 1} rows have no image here, as {absent[0]}")
     told = [image for image in images if found.get(image, {}).get("patient_id")]
     if "patient_id" in columns and len(told) < len(images):
         alone = next(image.name for image in images if image not in told)
-        say(
+        warn(
             f"{path}: tells no patient of {len(images) - len(told)} of {len(images)} images, as "
             f"{alone}; for these the names do, or nothing"
         )
     return found
 
 
-def identify(path, label, digest, rows):
+def identify_all(listed, rows):
+    """[Image] of [(path, label)], their files hashed; rows: of read_metadata."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda each: identify(*each, rows), listed))
+
+
+def identify(path, label, rows):
     """The Image with its patient: by metadata.csv, by DICOM's PatientID, by its name."""
+    digest = hash_file(path)
     row = {key: value for key, value in rows.get(path, {}).items() if key and value}
     row.pop("file_name", None)
     patient = row.pop("patient_id", None) or dicom_patient(path)
@@ -800,11 +810,15 @@ def run_network(backbone, views, rows, features, cache, device, dtype, args, com
         return bad
     # 16 is the fastest on the CPUs measured
     batch_size = min(args.batch_size, 16) if device.type == "cpu" else args.batch_size
+    workers = count_workers(args.workers, len(rows), device)
     loader = DataLoader(
         views,
         batch_size=max(1, batch_size // views.n_views),
         pin_memory=device.type == "cuda",
-        **worker_settings(args.workers, len(rows), device),
+        num_workers=workers,
+        worker_init_fn=ignore_ctrl_c,
+        timeout=120 if workers else 0,  # seconds until one that hangs is given up
+        prefetch_factor=4 if workers else None,
     )
     bar = tqdm(total=len(rows) * views.n_views, unit=" views", disable=None)  # on a terminal only
     done, told = 0, start
@@ -863,21 +877,15 @@ def prepare_network(network, device, dtype, compiled):
     return torch.compile(network, options={"freezing": True}) if compiled else network
 
 
-def worker_settings(workers, n_images, device):
-    """DataLoader's arguments. Few images are decoded sooner than processes start.
+def count_workers(workers, n_images, device):
+    """Processes that decode, for --workers. Few images are decoded sooner than processes start.
 
-    Where the network needs both of two cores, processes get in its way: 9.7 ms a view, without 8.9.
+    Where the network needs both of two cores, they get in its way: 9.7 ms a view, without 8.9.
     """
-    if workers < 0:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        workers = min(8, cores) if n_images >= 200 and (device.type != "cpu" or cores > 2) else 0
-    settings = {"num_workers": workers, "worker_init_fn": ignore_ctrl_c}
-    if workers:
-        settings |= {
-            "timeout": 120,
-            "prefetch_factor": 4,
-        }  # seconds until one that hangs is given up
-    return settings
+    if workers >= 0:
+        return workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(8, cores) if n_images >= 200 and (device.type != "cpu" or cores > 2) else 0
 
 
 def ignore_ctrl_c(_):
@@ -944,7 +952,7 @@ def distance(features, mean, std):
     return ((features - mean) / std).square().mean(1).sqrt()
 
 
-Z = norm.ppf(0.975)  # 95 % of a normal distribution lie between -Z and Z deviations
+Z = NormalDist().inv_cdf(0.975)  # 95 % of a normal distribution lie between -Z and Z deviations
 SCORES = ("accuracy", "f1", "auroc", "average_precision", "sensitivity", "specificity")
 SCORES += ("ppv", "npv", "brier", "ece")
 
@@ -956,6 +964,8 @@ def score(probs, labels, threshold, names=SCORES):
     threshold, not at it. brier: mean squared error of the probability; ece: expected calibration
     error, 15 bins of equal width (Guo et al. 2017).
     """
+    import torchmetrics.functional.classification as tm
+
     fast = {"validate_args": False}  # the bootstrap asks thousands of times
     at = {"threshold": threshold, **fast}
     functions = {
@@ -997,9 +1007,8 @@ def proportion(right, patients):
         n = clusters
     z = Z**2 / n
     middle, reach = p + z / 2, np.sqrt(z * p * (1 - p) + z**2 / 4)
-    limits = (middle - reach) / (1 + z), (middle + reach) / (1 + z)
-    low, high = (float(min(1, max(0, limit))) for limit in limits)
-    return {"value": float(p), "low": low, "high": high}
+    low, high = (middle - reach) / (1 + z), (middle + reach) / (1 + z)
+    return {"value": float(p), "low": float(min(low, p)), "high": float(max(high, p))}
 
 
 def fit_logistic(x, labels, offset, clusters):
@@ -1190,6 +1199,17 @@ def checksum(content):
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
+def save_figure(path, figure, dpi):
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=dpi)
+
+
+def versions(*packages):
+    """{name: version} of Python, of these installed packages and of the platform."""
+    found = {name: metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), **found, "platform": platform.platform()}
+
+
 def write_json(path, content):
     """Writes a dict as JSON, with a checksum: a changed digit leaves JSON that looks right."""
     with replacing(path, "w") as file:
@@ -1249,7 +1269,7 @@ FLAGS = {
     "--device": dict(default="auto", metavar="NAME",
                      help="auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps"),
     "--batch-size": dict(type=number(int, 1, 100_000), default=32, metavar="N",
-                         help="images at a time, in the network and in training"),
+                         help="views at once in the network (CPU: at most 16), images in training"),
     "--workers": dict(type=number(int, -1, 1000), default=-1, metavar="N",
                       help="processes that decode images (0 = none, -1 = by images and cores)"),
     "--seed": dict(type=number(int, 0, 2**32 - 1), default=0, metavar="N",

@@ -1,7 +1,7 @@
 """Scores the saved network on DIR/test, or classifies any images.
 
-Reads model.pth and model.json. Writes predictions.csv, metrics.json and six pictures into results/;
-every number has its 95 % interval. New images get new_predictions.csv. With --from it needs neither
+Reads model.pth and model.json. Writes report.html, predictions.csv, metrics.json and six pictures
+into results/, with 95 % intervals. New images get new_predictions.csv. With --from it needs neither
 images nor network, only an earlier predictions.csv, and prints.
 
     python evaluate.py
@@ -17,12 +17,10 @@ import csv
 import html
 import io
 import math
-import platform
 import sys
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -340,20 +338,18 @@ def measure(table, threshold, seed):
     for name, side in zip(PROPORTIONS, sides, strict=True):
         metrics[name] |= proportion(right[side], patients[side])
 
-    for method, names in (("percentile", ("auroc", "average_precision")), ("BCa", ("f1", "brier"))):
+    def statistic_of(*names):
+        return lambda rows: [*common.score(probs[rows], labels[rows], threshold, names).values()]
 
-        def statistic(rows, names=names):
-            return [*common.score(probs[rows], labels[rows], threshold, names).values()]
-
-        drawn, m = bootstrap(table, statistic, seed, method)
-        limits = zip(names, drawn.standard_error, *drawn.confidence_interval, strict=True)
-        for name, sd, low, high in limits:
-            value = values[name]
-            if sd < 1e-6 or not math.isfinite(low + high):  # all draws are alike
-                low = high = value
-            elif method == "percentile":
-                low, high = logit_interval(value, sd, m)
-            metrics[name] |= {"low": float(low), "high": float(high)}
+    smooth = "auroc", "average_precision"
+    for name, each in zip(smooth, logit_intervals(table, statistic_of(*smooth), seed), strict=True):
+        metrics[name] = each
+    drawn, _ = bootstrap(table, statistic_of("f1", "brier"), seed, "BCa")
+    limits = zip(("f1", "brier"), *drawn.confidence_interval, strict=True)
+    for name, low, high in limits:
+        known = math.isfinite(low + high)  # else all draws are alike
+        metrics[name] |= {"low": float(low if known else values[name])}
+        metrics[name] |= {"high": float(high if known else values[name])}
     return metrics, {"tp": tp, "fp": fp, "tn": tn, "fn": fn}
 
 
@@ -402,15 +398,21 @@ def opposite(share):
     return {key: 1 - share[other] for key, other in others.items()}
 
 
-def logit_interval(value, sd, m):
-    """(low, high): Student's t on the logit of a value in (0, 1), whose bootstrap deviation is sd.
+def logit_intervals(table, statistic, seed):
+    """[{value, low, high}] of statistic(rows) -> (k,) in (0, 1): Student's t on the logit.
 
-    m: patients of the smaller class. Percentiles, BCa's too, hold an AUROC of few patients too
+    Its deviation is the bootstrap's. Percentiles, BCa's too, hold an AUROC of few patients too
     rarely: 89 % where 95 are wanted, 20 % PNEUMONIA and three images a patient; this holds 96.
     """
-    sd = sd * math.sqrt(m / max(m - 1, 1))
-    reach = scipy.stats.t.ppf(0.975, max(m - 1, 1)) * sd / (value * (1 - value))
-    return expit(logit(value) - reach), expit(logit(value) + reach)
+    (drawn, m), found = bootstrap(table, statistic, seed, "percentile"), []
+    for value, sd in zip(statistic(range(len(table.files))), drawn.standard_error, strict=True):
+        low = high = value  # where all draws are alike
+        if sd > 1e-6:
+            sd *= math.sqrt(m / max(m - 1, 1)) / (value * (1 - value))
+            reach = scipy.stats.t.ppf(0.975, max(m - 1, 1)) * sd
+            low, high = expit(logit(value) - reach), expit(logit(value) + reach)
+        found.append({"value": float(value), "low": float(low), "high": float(high)})
+    return found
 
 
 def paired_differences(table, differences, seed):
@@ -453,7 +455,11 @@ def measure_subgroups(table, threshold, seed):
     for name, (group, metric, inside) in parts.items():
         part = table.select(np.flatnonzero(inside))
         if metric == "auroc" and len(set(part.labels)) == 2:
-            interval_of = auroc_of(part, seed)
+
+            def auroc(rows, part=part):
+                return aurocs(part.probs[None, rows], part.labels[rows])
+
+            (interval_of,) = logit_intervals(part, auroc, seed)
         elif metric != "auroc" and part.files:
             right = (part.probs > threshold) == part.labels
             interval_of = proportion(right, part.clusters())
@@ -461,18 +467,6 @@ def measure_subgroups(table, threshold, seed):
             continue
         found[name] = {"group": group, "metric": metric, "n": len(part.files)} | interval_of
     return found
-
-
-def auroc_of(table, seed):
-    """{value, low, high}."""
-
-    def statistic(rows):
-        return [*aurocs(table.probs[None, rows], table.labels[rows])]
-
-    drawn, m = bootstrap(table, statistic, seed, "percentile")
-    (value,), (sd,) = statistic(range(len(table.files))), drawn.standard_error
-    low, high = logit_interval(value, sd, m) if sd > 1e-6 else (value, value)
-    return {"value": float(value), "low": float(low), "high": float(high)}
 
 
 def measure_calibration(table, model):
@@ -584,7 +578,7 @@ def find_leaks(args, model, images, training):
     return doubts
 
 
-def training_images(data_dir):
+def training_images(data_dir, rows):
     """([Image] of train/ and val/, as far as they are there; why there are none)."""
     try:
         found = common.list_split(data_dir, "train")
@@ -592,10 +586,7 @@ def training_images(data_dir):
             found += common.list_split(data_dir, "val")
     except Failure as reason:
         return [], str(reason)
-    rows = common.read_metadata(data_dir, quiet=True)
-    with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(common.hash_file, (path for path, _ in found)))
-    return [common.identify(*each, d, rows) for each, d in zip(found, digests, strict=True)], ""
+    return common.identify_all(found, rows), ""
 
 
 def numbers_instead(args, images, table, training, reason):
@@ -788,10 +779,8 @@ def draw_pictures(folder, table, report):
     patients = np.array(table.clusters())
     metrics, calibration = report["metrics"], report["calibration"]
     at, network = f"threshold {threshold:.3g}", {"color": COLOURS[1], "label": "network"}
-    scored, chance = (
-        (torch.from_numpy(probs), torch.from_numpy(labels)),
-        {"color": "grey", "ls": ":"},
-    )
+    scored = torch.from_numpy(probs), torch.from_numpy(labels)
+    chance = {"color": "grey", "ls": ":"}
 
     def draw_roc(ax):
         fpr, tpr, _ = tm.binary_roc(*scored)
@@ -836,14 +825,9 @@ def draw_pictures(folder, table, report):
         ax.set(xlabel="P(PNEUMONIA)", ylabel="images", title="Scores by class")
         ax.legend()
 
+    draws = draw_roc, draw_precision_recall, draw_confusion, draw_reliability, draw_scores
     with matplotlib.rc_context(STYLE):
-        for draw in (
-            draw_roc,
-            draw_precision_recall,
-            draw_confusion,
-            draw_reliability,
-            draw_scores,
-        ):
+        for draw in draws:
             figure = Figure((5, 4.6), layout="constrained")
             draw(figure.add_subplot())
             save_figure(folder / f"{draw.__name__.removeprefix('draw_')}.png", figure, report)
@@ -857,8 +841,7 @@ def save_figure(path, figure, report, dpi=120):
     caption = f"{images}; {', '.join(part for part in parts if part)}\n"
     caption += f"threshold {report['threshold']:.3g} ({report['threshold_from']})"
     figure.supxlabel(caption, fontsize=7, color="dimgrey", parse_math=False)
-    with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=dpi)
+    common.save_figure(path, figure, dpi)
 
 
 def draw_worst(path, model, images, table, report):
@@ -1024,7 +1007,7 @@ PICTURES = {
     "confusion": "What was called what",
     "reliability": "Probability against what came true",
     "scores": "The probabilities of each class",
-    "worst": "Beside each image its map: orange speaks for PNEUMONIA, blue for NORMAL",
+    "worst": "Where there are maps, orange speaks for PNEUMONIA, blue for NORMAL",
 }
 
 
@@ -1062,7 +1045,9 @@ def write_page(folder, report, pictures):
     small = "".join(picture(name, PICTURES[name]) for name in pictures if name != "worst")
     worst = ""
     if "worst" in pictures:
-        worst = f"<h2>The most wrong images</h2>{picture('worst', PICTURES['worst'])}"
+        worst = (
+            f"<h2>The most wrong, or least sure, images</h2>{picture('worst', PICTURES['worst'])}"
+        )
     title = f"Pneumonia on chest X-rays: {report['split']} result"
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     page = f"""<!doctype html>
@@ -1101,7 +1086,6 @@ def summarise(report, table, args):
     metrics, counts = measure(readable, threshold, args.seed)
     drawn = {name: each for name, each in metrics.items() if name not in PROPORTIONS}
     about = {"proportions": ", ".join(PROPORTIONS), "draws": DRAWS, "seed": args.seed}
-    versions = {name: version(name) for name in PACKAGES}
     return report | {
         "n": len(readable.files),
         "patients": len(set(readable.clusters())),
@@ -1120,7 +1104,7 @@ def summarise(report, table, args):
         "calibration": measure_calibration(readable, report["model"] or {}),
         "warnings": list(dict.fromkeys(report["warnings"] + below_chance(metrics["auroc"]))),
         "comparison": compare(args, readable, threshold, args.seed) if args.compare else None,
-        "versions": {"python": platform.python_version()} | versions,
+        "versions": common.versions(*PACKAGES),
     }
 
 
@@ -1133,7 +1117,8 @@ def count_patients(table):
 def count_left_out(table, model):
     """{split/class: unreadable images}, of training and of the images that are scored."""
     names = [name for name, error in zip(table.files, table.errors, strict=True) if error]
-    return Counter(Path(name).parent.as_posix() for name in [*model.get("skipped", []), *names])
+    names = dict.fromkeys([*model.get("skipped", []), *names])
+    return Counter(Path(name).parent.as_posix() for name in names)
 
 
 def below_chance(auroc):
@@ -1153,14 +1138,15 @@ def score_split(args):
     """DIR/test, or another split, with its labels."""
     if args.split == "test" and (args.data_dir / "train").is_dir():
         require_test(args)
-    images = common.read_split(args.data_dir, args.split)[args.split]
+    rows = common.read_metadata(args.data_dir)
+    images = common.read_split(args.data_dir, args.split, rows=rows)[args.split]
     model = load_model(args.checkpoint, args.device, args.arch)
     require_outputs(args, model, "metrics.json", "predictions.csv")
     names = [image.path.relative_to(args.data_dir) for image in images]
     table, bad, unlike = predict(model, images, names, args)
     images = [images[row] for row in common.without_bad(images, bad, args.skip_bad)]
 
-    training, reason = training_images(args.data_dir)
+    training, reason = training_images(args.data_dir, rows)
     data = str(args.data_dir / args.split)
     report = {
         "split": args.split,
@@ -1306,12 +1292,6 @@ def probability(text):
     return value
 
 
-def prevalence(text):
-    if not 0 < (value := float(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected a share between 0 and 1, found {text}")
-    return value
-
-
 def parse_args(argv=None):
     parser = common.Parser("evaluate.py", __doc__)
     add, none = parser.add_argument, argparse.SUPPRESS  # SUPPRESS: no "default: None" in the help
@@ -1326,7 +1306,8 @@ def parse_args(argv=None):
     add("--threshold", type=probability, default=none, metavar="T",
         help="P(PNEUMONIA) above which an image is PNEUMONIA, 0 to 1 (default: the one stored "
              "with the model)")
-    add("--prevalence", type=prevalence, action="append", default=[], metavar="P",
+    add("--prevalence", type=common.number(float, 1e-6, 1 - 1e-6), action="append", default=[],
+        metavar="P",
         help="share of PNEUMONIA elsewhere, 0 to 1: what a result means there, beside the usual")
     add("--cam", type=Path, default=none, metavar="DIR",
         help="also write a class activation map of each image there, below --results-dir")

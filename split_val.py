@@ -627,13 +627,9 @@ def examine(data_dir):
     splits = ["train"] + ["val"] * any(list_val(data_dir).values())
     splits += ["test"] * (data_dir / "test").exists()
     listed = [each for split in splits for each in common.list_split(data_dir, split, others=True)]
-    rows = common.read_metadata(data_dir)
-
-    def look(path, label):
-        return look_at(common.identify(path, label, common.hash_file(path), rows))
-
+    images = common.identify_all(listed, common.read_metadata(data_dir))
     with ThreadPoolExecutor() as pool:
-        looks = list(pool.map(look, *zip(*listed, strict=True)))
+        looks = list(pool.map(look_at, images))
     xrays = [look for look in looks if isinstance(look, Xray)]
     unreadable = [look for look in looks if not isinstance(look, Xray)]
     images = Counter(xray.folder for xray in xrays)
@@ -714,31 +710,22 @@ def check(args):
 
 def parse_args(argv=None):
     parser = common.Parser("split_val.py", __doc__)
+    none = argparse.SUPPRESS  # no "default: None" in the help
     parser.set_defaults(per_class=None, link_from=None)
     common.add_flags(parser, "--data-dir", "--seed")
-    parser.add_argument(
-        "--per-class",
-        type=common.number(int, 1),
-        default=argparse.SUPPRESS,
-        metavar="N",
-        help="images of each class to move into val/ (default: a third of the smaller class, at "
-        "most 50)",
-    )
-    parser.add_argument(
-        "--link-from",
-        type=Path,
-        default=argparse.SUPPRESS,
-        metavar="DIR",
-        help="make --data-dir of links to the images in DIR, which is only read, and split that",
-    )
     verb = parser.add_mutually_exclusive_group()
+    # fmt: off
+    parser.add_argument("--per-class", type=common.number(int, 1), default=none, metavar="N",
+        help="images of each class to move into val/ (default: a third of the smaller class, at "
+             "most 50)")
+    parser.add_argument("--link-from", type=Path, default=none, metavar="DIR",
+        help="make --data-dir of links to the images in DIR, which is only read, and split that")
     verb.add_argument("--undo", action="store_true", help="move val/ back into train/")
-    verb.add_argument(
-        "--check", action="store_true", help="report what is wrong with the data; move nothing"
-    )
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="with --check: the report for machines"
-    )
+    verb.add_argument("--check", action="store_true",
+        help="report what is wrong with the data; move nothing")
+    parser.add_argument("--json", type=Path, metavar="FILE",
+        help="with --check: the report for machines")
+    # fmt: on
     args = parser.parse_args(argv)
     if args.json and not args.check:
         parser.error("--json needs --check")

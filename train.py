@@ -1,7 +1,8 @@
 """Trains the one new output neuron of a frozen ImageNet network on data/chestxrays/{train,val}.
 
 Reads DIR/{train,val}/{NORMAL,PNEUMONIA}/ (split_val.py makes val/ out of train/). Writes model.pth
-and model.json, and into results/: history.csv, curves.png and samples.png.
+and model.json, and into results/: history.csv, curves.png and samples.png; with --folds cv.json,
+doubtful_labels.csv and doubtful_labels.png instead.
 
     python train.py
     python train.py --epochs 100 --lr 3e-4 --seeds 10
@@ -15,7 +16,6 @@ import csv
 import http.client
 import io
 import math
-import platform
 import socket
 import statistics
 import sys
@@ -29,9 +29,7 @@ from common import CLASSES, Failure, replacing, warn
 
 # isort: split
 import numpy as np
-import PIL
 import torch
-import torchvision
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchvision.models import get_model_weights
@@ -373,7 +371,7 @@ def score_shares(positive, labels, images):
     the training, and chose the threshold where a rule did.
     """
     right = (positive == (labels > 0.5)).double().reshape(-1, len(labels)).mean(0).numpy()
-    patients, y = np.array([image.group for image in images]), labels.numpy()
+    patients, y = np.array([i.patient or i.path.name for i in images]), labels.numpy()
     sides = {"accuracy": y >= 0, "sensitivity": y > 0.5, "specificity": y < 0.5}
     return {name: common.proportion(right[side], patients[side]) for name, side in sides.items()}
 
@@ -388,7 +386,6 @@ def describe(args, backbone, best, heads, images, skipped):
         return value if isinstance(value, int | float) else str(value)
 
     transforms = common.PREPARE, common.AUGMENT, backbone.normalize
-    packages = {"torch": torch, "torchvision": torchvision, "pillow": PIL}
     scores = ("epoch", "val_loss", "val_accuracy")
     return {
         "arch": args.arch,
@@ -401,11 +398,7 @@ def describe(args, backbone, best, heads, images, skipped):
         "seed": args.seed,
         "seeds": [{name: getattr(each, name) for name in scores} for each in heads],
         "flags": {name: plain(value) for name, value in vars(args).items()},
-        "versions": {
-            "python": platform.python_version(),
-            **{name: str(package.__version__) for name, package in packages.items()},
-            "platform": platform.platform(),
-        },
+        "versions": common.versions("torch", "torchvision", "pillow"),
         "date": time.strftime("%Y-%m-%d %H:%M:%S%z"),
         "images": {name: {below(i): i.digest for i in found} for name, found in images.items()},
         "skipped": [below(image) for image in skipped],
@@ -439,8 +432,7 @@ def draw_curves(path, history, best_epoch):
         ax.axvline(best_epoch, color="grey", ls=":", label=f"best epoch, {best_epoch}")
         ax.grid(alpha=0.3)
     axes[0].legend()
-    with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=100)
+    common.save_figure(path, figure, 100)
 
 
 def draw_samples(path, images, args):
@@ -461,8 +453,7 @@ def draw_samples(path, images, args):
             name = {0: "view 0: the image", 1: "view 1: mirrored"}.get(n, f"view {n}")
             title = f"{CLASSES[image.label]} {image.path.name:.20}\n" if n == 0 else ""
             ax.set_title(title + name, fontsize=7, loc="left", parse_math=False)
-    with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+    common.save_figure(path, figure, 120)
 
 
 # ---------------------------------------------------------------- cross-validation
@@ -593,8 +584,7 @@ def write_doubtful(table, sheet, probs, labels, images, args):
         ax.imshow(common.load_image(images[row].path, args.window), cmap="gray", vmin=0, vmax=255)
         told = f"label {CLASSES[images[row].label]}, held out P {mean[row]:.2f}"
         ax.set_title(f"{images[row].path.name:.34}\n{told}", fontsize=7, parse_math=False)
-    with replacing(sheet) as file:
-        figure.savefig(file, format="png", dpi=110)
+    common.save_figure(sheet, figure, 110)
 
 
 def print_cross_validation(metrics, epochs, n, args):
@@ -709,8 +699,8 @@ def train(args):
     print(f"At threshold {threshold:.3g} on val: {scores}")
     kept = f"epoch {best.epoch} in {args.checkpoint}, threshold {threshold:.3g}"
     if stop := best.interrupted:
-        epochs = f"interrupted after {len(best.history)} epochs"
-        raise type(stop)(f"{epochs}; kept the best so far, {kept}")
+        done = f"{len(heads)} heads" if args.seeds > 1 else f"{len(best.history)} epochs"
+        raise type(stop)(f"interrupted after {done}; kept the best so far, {kept}")
     draw_curves(args.results_dir / "curves.png", best.history, best.epoch)
     draw_samples(args.results_dir / "samples.png", train_images, args)
     print(f"Saved {kept}; curves and samples in {args.results_dir}")

@@ -525,7 +525,7 @@ def test_a_good_network_is_rarely_called_no_better_than_random_numbers(tmp_path)
     for seed in range(6):
         (table,) = simulate(rng, 48, 12, apart=1.81)  # AUROC 0.90
         args = Namespace(data_dir=folder, split="test", seed=seed)
-        training = evaluate.training_images(folder)
+        training = evaluate.training_images(folder, {})
         found = evaluate.numbers_instead(args, images, table, *training)
         verdicts += [found["network_is"], found["numbers"]["all numbers"]["network_is"]]
     assert verdicts.count("NO BETTER") <= 1 and verdicts.count("better") >= 6

@@ -380,7 +380,7 @@ def test_folds_never_separate_a_patient_and_spread_the_classes():
     names += [f"IM-{i // 2:04d}-{i:04d}.jpeg" for i in range(60)]
     labels = torch.tensor([1.0] * 60 + [0.0] * 60)
     pairs = zip(names, labels, strict=True)
-    images = [common.identify(Path("train", name), int(y), "", {}) for name, y in pairs]
+    images = [common.identify(Path("train", name), int(y), {}) for name, y in pairs]
     folds = train.split_folds(images, labels, 5, seed=0)
     assert sorted(torch.cat(folds).tolist()) == list(range(120))
     patients = [{images[row].group for row in rows} for rows in folds]
