@@ -418,7 +418,8 @@ def draw_curves(path, history, best_epoch):
     from matplotlib.ticker import MaxNLocator
 
     epoch, train_loss, train_accuracy, val_loss, val_accuracy, lr = zip(*history, strict=True)
-    figure = Figure(figsize=(7, 7), layout="constrained")
+    figure = Figure(figsize=(7, 7))
+    figure.subplots_adjust(left=0.14, right=0.97, bottom=0.07, top=0.98, hspace=0.08)
     axes = figure.subplots(3, sharex=True, height_ratios=(3, 3, 1))
     lines = ("loss", train_loss, val_loss), ("accuracy", train_accuracy, val_accuracy)
     for ax, (name, train, val) in zip(axes, lines, strict=False):
@@ -426,7 +427,7 @@ def draw_curves(path, history, best_epoch):
         ax.plot(epoch, val, ".-", color=common.COLOURS[1], label="val")
         ax.set_ylabel(name)
     axes[2].step(epoch, lr, where="mid", color="black")
-    axes[2].set(xlabel="epoch", ylabel="learning rate", yscale="log")
+    axes[2].set(xlabel="epoch", ylabel="lr", yscale="log")
     axes[2].xaxis.set_major_locator(MaxNLocator(integer=True))
     for ax in axes:
         ax.axvline(best_epoch, color="grey", ls=":", label=f"best epoch, {best_epoch}")
@@ -442,7 +443,8 @@ def draw_samples(path, images, args):
     columns = min(args.views, 8)
     by_class = [[image for image in images if image.label == label] for label in (0, 1)]
     rows = [found[third * len(found) // 3] for found in by_class for third in (1, 2)]
-    figure = Figure((1.6 * columns + 0.4, 7.4), layout="constrained")
+    figure = Figure((1.6 * columns + 0.4, 7.6))
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.95, wspace=0.04, hspace=0.25)
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for image, row in zip(rows, axes, strict=True):
         picture = common.load_image(image.path, args.window)

@@ -174,7 +174,7 @@ def test_shares_of_0_and_1_give_limits_or_are_undefined(right, wrong):
         for name in ("ppv", "npv"):
             low, value, high = (each[name][key] for key in ("low", "value", "high"))
             if value is not None:
-                assert 0 <= low <= value <= high <= 1
+                assert -1e-9 <= low <= value <= high <= 1 + 1e-9
     json.dumps(evaluate.elsewhere(metrics, [0.1]), allow_nan=False)
 
 
