@@ -69,7 +69,7 @@ demo: install  ## the whole chain on drawn radiographs, in demo/: needs neither 
 test: lint  ## everything that is checked before a change lands
 	$(PY) -m pytest -q -n 2 --dist worksteal $(ARGS)
 fuzz: .venv/installed-tests  ## minutes of damaged images, checkpoints and records, and kills at every step
-	$(PY) -m pytest -q tests --fuzz $(ARGS)
+	$(PY) -m pytest -q -n 2 --dist worksteal tests --fuzz $(ARGS)
 bench: .venv/installed-tests  ## the speed table
 	$(PY) tests/bench.py $(ARGS)
 lint: .venv/installed-tests  ## format and style

@@ -50,18 +50,16 @@ def pytest_configure(config):
         config.option.fuzz_seed = int(time.time()) if config.option.fuzz else 0
 
 
-FIGURES = pytest.StashKey()
-
-
 @pytest.fixture
 def say(request):
     """say(text): what a campaign tried and found, for the end of the page."""
-    return request.config.stash.setdefault(FIGURES, []).append
+    return lambda text: request.node.user_properties.append(("say", text))
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    for text in config.stash.get(FIGURES, []):
-        terminalreporter.write_line(text)
+    for report in terminalreporter.stats.get("passed", []):
+        for _, text in report.user_properties if report.when == "call" else ():
+            terminalreporter.write_line(text)
     what = "the full campaigns" if config.option.fuzz else "a slice of each campaign"
     terminalreporter.write_line(f"Faults: {what}, --fuzz-seed {config.option.fuzz_seed}")
 
