@@ -1128,10 +1128,11 @@ def below_chance(auroc):
     return [f"AUROC {interval(auroc)} is far below chance: are the class folders swapped?"]
 
 
-def write_report(folder, report, table):
+def write_report(folder, report, table, pictures):
     write_predictions(folder / "predictions.csv", table, report["threshold"])
     common.write_json(folder / "metrics.json", report)
     draw_pictures(folder, table.readable(), report)
+    write_page(folder, report, pictures)
 
 
 def score_split(args):
@@ -1147,12 +1148,8 @@ def score_split(args):
     images = [images[row] for row in common.without_bad(images, bad, args.skip_bad)]
 
     training, reason = training_images(args.data_dir, rows)
-    data = str(args.data_dir / args.split)
-    report = {
-        "split": args.split,
-        "data": data,
-        "model": describe_model(args.checkpoint, model.info),
-    }
+    report = {"split": args.split, "data": str(args.data_dir / args.split)}
+    report["model"] = describe_model(args.checkpoint, model.info)
     doubts = model.warnings + find_leaks(args, model, images, training) + warn_of_elsewhere(unlike)
     report |= {"warnings": doubts, "unlike": unlike}
     report |= choose_threshold(args, model.info, args.checkpoint.with_suffix(".json"))
@@ -1160,9 +1157,8 @@ def score_split(args):
     report["shortcut"] = None
     if args.split == "test":
         report["shortcut"] = numbers_instead(args, images, table.readable(), training, reason)
-    write_report(args.results_dir, report, table)
     draw_worst(args.results_dir / "worst.png", model, images, table.readable(), report)
-    write_page(args.results_dir, report, PICTURES)
+    write_report(args.results_dir, report, table, PICTURES)
     if args.cam:
         write_overlays(args.cam, model, images, table.readable())
     print_report(report)
@@ -1244,21 +1240,17 @@ def score_again(args):
     report = summarise(report, table, args)
     there = before.get("metrics", {}).get("auroc", {}).get("value", math.nan)
     here = report["metrics"]["auroc"]["value"]
-    if (
-        abs(there - here) > 1e-6
-    ):  # what is known of the numbers was held against other probabilities
+    # then what is known of the numbers was held against other probabilities
+    if abs(there - here) > 1e-6:
         differs = f"AUROC {here:.3f}, there {there:.3f}"
         about = f"{args.source} is not the table that metrics.json beside it describes ({differs})"
         report |= {"shortcut": None, "warnings": [*report["warnings"], about]}
     if args.results_dir:
-        write_report(args.results_dir, report, table)
-        write_page(args.results_dir, report, [name for name in PICTURES if name != "worst"])
+        drawn = [name for name in PICTURES if name != "worst"]  # for want of the images
+        write_report(args.results_dir, report, table, drawn)
     print_report(report)
     if args.results_dir:
-        print(
-            f"Written: report.html, metrics.json, predictions.csv, pictures in {args.results_dir}"
-        )
-        print("Not drawn again, for want of the images: worst.png")
+        print(f"Written: all but worst.png, for want of the images, in {args.results_dir}")
     for warning in report["warnings"]:
         common.warn(warning)
 
