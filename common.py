@@ -128,7 +128,7 @@ PATIENT_NAMES = (
 )
 
 
-class Image(NamedTuple):
+class Film(NamedTuple):
     path: Path
     label: int | None  # index into CLASSES, None for a new image
     digest: str  # SHA-256 of the file in hex, "" where it cannot be read
@@ -209,11 +209,8 @@ def better_level(data_dir):
     return ""
 
 
-def read_split(data_dir, *splits, rows=None):
-    """{split: [Image]}. An interrupted split, or one file in two of the folders, is a Failure.
-
-    rows: of read_metadata, where it was called already.
-    """
+def require_whole_split(data_dir):
+    """A Failure where split_val.py was interrupted."""
     record = read_json(Path(data_dir, SPLIT_FILE)) or {"moved": {}}
     for name, files in record["moved"].items():
         if left := [file for file in files if os.path.lexists(Path(data_dir, "train", name, file))]:
@@ -221,9 +218,17 @@ def read_split(data_dir, *splits, rows=None):
                 f"{Path(data_dir, 'train', name, left[0])}: expected it in val/, as {SPLIT_FILE} "
                 f"says ({len(left)} such images); run split_val.py again to complete the split"
             )
+
+
+def read_split(data_dir, *splits, rows=None):
+    """{split: [Film]}. An interrupted split, or one file in two of the folders, is a Failure.
+
+    rows: of read_metadata, where it was called already.
+    """
+    require_whole_split(data_dir)
     found, first = {}, {}
     listed = {split: list_split(data_dir, split, others=True) for split in splits}
-    rows = read_metadata(data_dir) if splits and rows is None else rows
+    rows = read_metadata(data_dir) if rows is None else rows
     for split in splits:
         found[split] = identify_all(listed[split], rows)
         for image in found[split]:
@@ -259,21 +264,11 @@ def read_metadata(data_dir):
     the patient, what else there is makes subgroups. Tells how many rows and images have no partner.
     """
     path = Path(data_dir, METADATA)
-    try:
-        reader = csv.reader(io.StringIO(path.read_text("utf-8-sig"), newline=""), strict=True)
-        table = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
-    except FileNotFoundError:
+    if not path.exists():
         if (odd := Path(data_dir, "train", METADATA)).exists():
-            raise Failure(
-                f"{odd}: expected it one level up, in {data_dir}; move it there"
-            ) from None
+            raise Failure(f"{odd}: expected it one level up, in {data_dir}; move it there")
         return {}
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise Failure(f"{path}: not a CSV file in UTF-8 ({error})") from None
-    columns = table[0][1] if table else []
-    if "file_name" not in columns:
-        expected = "expected the columns file_name and patient_id, separated by commas"
-        raise Failure(f"{path}: {expected}, found {', '.join(columns) or 'an empty file'}")
+    columns, rows = read_csv(path, "file_name")
     if "patient_id" not in columns:
         warn(f"{path}: no column patient_id, so that the images' names tell the patients")
     folders = [Path(data_dir, split, name) for split in SPLITS for name in CLASSES]
@@ -284,8 +279,7 @@ def read_metadata(data_dir):
         for key in {image.name, below, re.sub("^val/", "train/", below)}:
             places.setdefault(key, []).append(image)
     found, absent = {}, []
-    for number, row in table[1:]:
-        row = dict(zip(columns, row, strict=False))
+    for number, row in rows:
         name = PurePosixPath(row["file_name"]).as_posix()
         here = places.get(name, [])
         if len(here) > 1:
@@ -298,7 +292,7 @@ def read_metadata(data_dir):
         found |= dict.fromkeys(here, row)
         absent += [] if here else [name]
     if absent:
-        warn(f"{path}: {len(absent)} of {len(table) - 1} rows have no image here, as {absent[0]}")
+        warn(f"{path}: {len(absent)} of {len(rows)} rows have no image here, as {absent[0]}")
     told = [image for image in images if found.get(image, {}).get("patient_id")]
     if "patient_id" in columns and len(told) < len(images):
         alone = next(image.name for image in images if image not in told)
@@ -310,19 +304,19 @@ def read_metadata(data_dir):
 
 
 def identify_all(listed, rows):
-    """[Image] of [(path, label)], their files hashed; rows: of read_metadata."""
+    """[Film] of [(path, label)], their files hashed; rows: of read_metadata."""
     with ThreadPoolExecutor() as pool:
         return list(pool.map(lambda each: identify(*each, rows), listed))
 
 
 def identify(path, label, rows):
-    """The Image with its patient: by metadata.csv, by DICOM's PatientID, by its name."""
+    """The Film with its patient: by metadata.csv, by DICOM's PatientID, by its name."""
     digest = hash_file(path)
     row = {key: value for key, value in rows.get(path, {}).items() if key and value}
     row.pop("file_name", None)
     patient = row.pop("patient_id", None) or dicom_patient(path)
     group = patient or patient_of(path.name, cautious=True) or f"{path.parent.name}/{path.name}"
-    return Image(path, label, digest, patient or patient_of(path.name), group, row)
+    return Film(path, label, digest, patient or patient_of(path.name), group, row)
 
 
 def patient_of(name, cautious=False):
@@ -404,11 +398,9 @@ def open_picture(content):
         mode, size, kind = image.mode, image.size, image.format
         if mode == "1":
             raise ValueError("a picture of two colours, expected grey levels")
-        deep = (
-            getattr(image, "tag_v2", {}).get(258, (8,)),
-            re.findall(r";16[BLN]|65535", str(image.tile)),
-        )
-        if mode[0] not in "IF" and (max(deep[0]) > 8 or deep[1]):
+        bits = max(getattr(image, "tag_v2", {}).get(258, (8,)))  # of TIFF
+        sixteen = bits > 8 or re.search(r";16[BLN]|65535", str(image.tile))  # of PNG, PPM
+        if mode[0] not in "IF" and sixteen:
             raise ValueError("16 bits a channel, of which 8 would be lost; save it as 16-bit grey")
         if kind != "MPO" and (pages := getattr(image, "n_frames", 1)) > 1:
             raise ValueError(f"{pages} pictures in one file, expected one")
@@ -522,8 +514,8 @@ def pick_device(name):
             warn(f"{name} cannot be used ({error}): going on with the CPU")
             name = "cpu"
     if name == "cuda":
-        local = "LOCAL_RANK" if "TORCHELASTIC_RUN_ID" in os.environ else ""
-        name += f":{os.environ.get(local, 0)}"  # torchrun: a GPU for each process
+        under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        name += f":{os.environ['LOCAL_RANK'] if under_torchrun else 0}"  # a GPU for each process
     if not re.fullmatch(r"cpu|mps|cuda:\d+", name):
         raise Failure(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
     device = torch.device(name)
@@ -1208,6 +1200,28 @@ def versions(*packages):
     """{name: version} of Python, of these installed packages and of the platform."""
     found = {name: metadata.version(name) for name in packages}
     return {"python": platform.python_version(), **found, "platform": platform.platform()}
+
+
+def read_csv(path, *required):
+    """(columns, [(number of the line, {column: text})]); a malformed file is a Failure."""
+    try:
+        reader = csv.reader(io.StringIO(path.read_text("utf-8-sig"), newline=""), strict=True)
+        table = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise Failure(f"{path}: not a CSV file in UTF-8 ({error})") from None
+    columns = table[0][1] if table else []
+    for name in required:
+        if name not in columns:
+            expected = f"row 1, column {name}: expected its name, and commas between columns"
+            raise Failure(
+                f"{path}, {expected}, found {', '.join(columns) or 'an empty file'!r:.60}"
+            )
+    rows = []
+    for number, row in table[1:]:
+        if len(row) > len(columns):
+            raise Failure(f"{path}, row {number}: {len(row)} cells for {len(columns)} columns")
+        rows.append((number, dict.fromkeys(columns, "") | dict(zip(columns, row, strict=False))))
+    return columns, rows
 
 
 def write_json(path, content):

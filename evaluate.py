@@ -15,7 +15,6 @@ import contextlib
 import copy
 import csv
 import html
-import io
 import math
 import sys
 import warnings
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import common  # first: it says what to do where a package is missing
-from common import CLASSES, COLOURS, Failure, Image, Z, proportion, replacing
+from common import CLASSES, COLOURS, Failure, Film, Z, proportion, replacing
 
 # isort: split
 import numpy as np
@@ -254,21 +253,10 @@ def read_predictions(path):
         where = f"{path}, row {row}, column {column}"
         return Failure(f"{where}: expected {expected}, found {found!r:.60}")
 
-    try:
-        text = io.StringIO(path.read_text(encoding="utf-8-sig"), newline="")
-        reader = csv.DictReader(text, strict=True)
-        rows = [(reader.line_num, row) for row in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise Failure(f"{path}: not a CSV file ({error})") from None
-    columns = reader.fieldnames or []
-    for column in COLUMNS[:3]:
-        if column not in columns:
-            raise wrong(1, column, "its name", ",".join(columns))
+    columns, rows = common.read_csv(path, *COLUMNS[:3])
     found = {}
     for number, row in rows:
-        name, label, prob, _, error, unlike, patient = (row.get(key) or "" for key in COLUMNS)
-        if None in row:
-            raise wrong(number, columns[-1], "the last one", ",".join(row[None]))
+        name, label, prob, _, error, unlike, patient = (row.get(key, "") for key in COLUMNS)
         if not name or name in found:
             raise wrong(number, "file", "a name that no other row has", name)
         if label not in CLASSES:
@@ -373,7 +361,7 @@ def ratio(top, bottom):
     return {"value": value, "low": low, "high": high}
 
 
-def elsewhere(metrics, prevalences):
+def at_prevalences(metrics, prevalences):
     """[{prevalence, ppv, npv}] where other shares of the images are PNEUMONIA.
 
     The odds before the test times the likelihood ratio are the odds after it.
@@ -554,7 +542,7 @@ def sign_test(right_here, right_there, clusters, seed):
 def find_leaks(args, model, images, training):
     """Warnings about images that the model learned from, and about a model of other images.
 
-    images: [Image], which are scored; training: [Image] of train/ and val/.
+    images: [Film], which are scored; training: [Film] of train/ and val/.
     """
     by_split = model.info.get("images", {}).values()
     learned = {digest for found in by_split for digest in found.values()}
@@ -579,7 +567,7 @@ def find_leaks(args, model, images, training):
 
 
 def training_images(data_dir, rows):
-    """([Image] of train/ and val/, as far as they are there; why there are none)."""
+    """([Film] of train/ and val/, as far as they are there; why there are none)."""
     try:
         found = common.list_split(data_dir, "train")
         with contextlib.suppress(Failure):
@@ -882,7 +870,7 @@ def print_report(report):
     metrics, word = report["metrics"], report["split"].capitalize()
     print(f"{word} accuracy: {metrics['accuracy']['value']:.3f}")
     print(f"{word} F1-score: {metrics['f1']['value']:.3f}\n")
-    for name, text in describe(report):
+    for name, text in particulars(report):
         print(f"{name:11} {text}")
     print(f"\n{'':18} {'value':>9}   95 % interval")
     for name, each in metrics.items():
@@ -901,7 +889,7 @@ def print_report(report):
             print(f"  {line}")
 
 
-def describe(report):
+def particulars(report):
     """[(name, text)]: which model, threshold and images, for the screen and the page."""
     model, left_out = report["model"] or {}, report["left_out"]
     known = [f"{key} {model[key]}" for key in ("weights", "epoch") if model.get(key) is not None]
@@ -1057,7 +1045,7 @@ def write_page(folder, report, pictures):
 <h1>{text(title)}</h1>
 <p class="lead">{text(lead)}</p>
 {warnings}
-<table>{rows(describe(report))}</table>
+<table>{rows(particulars(report))}</table>
 <h2>Scores</h2>
 <table>{rows([("score", "value (95 % interval)")], "th")}{rows(scores)}</table>
 <h3>Counts at the threshold</h3>
@@ -1098,7 +1086,7 @@ def summarise(report, table, args):
         "intervals": INTERVALS.format(**about),
         "without_spread": [k for k, v in drawn.items() if v["low"] == v["high"] is not None],
         "subgroups": measure_subgroups(readable, threshold, args.seed),
-        "elsewhere": elsewhere(metrics, (*PREVALENCES, *args.prevalence)),
+        "elsewhere": at_prevalences(metrics, (*PREVALENCES, *args.prevalence)),
         "left_out": count_left_out(table, report["model"] or {}),
         "not_assessed": [name for name in NOT_ASSESSED if not any(name in a for a in table.about)],
         "calibration": measure_calibration(readable, report["model"] or {}),
@@ -1206,7 +1194,7 @@ def classify(args):
 
 
 def named_images(paths):
-    """[Image] of the files, and of the image files directly inside the folders."""
+    """[Film] of the files, and of the image files directly inside the folders."""
     found = []
     for path in paths:
         if not path.is_dir() and not path.is_file():
@@ -1218,7 +1206,7 @@ def named_images(paths):
                 expected = f"holds class folders, name these: {' '.join(classes)}; {expected}"
             raise Failure(f"{path}: {expected}, found none")
         found += inside
-    return [Image(path, None, common.hash_file(path)) for path in found]
+    return [Film(path, None, common.hash_file(path)) for path in found]
 
 
 def report_beside(path):

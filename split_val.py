@@ -83,7 +83,7 @@ def plan_split(data_dir, n, seed):
     present = by_class([image.path for image in train])
     smaller = min(map(len, present.values()))
     third = max(1, min(smaller // 3, 50))  # what the reference takes, 50 of 150, and fits any set
-    wanted, n = n, n or third
+    asked, n = n is not None, n or third
     if n >= smaller:
         has = f"{data_dir / 'train'} has {count(present)} images"
         less = f"ask less, as --per-class {third} (make: PER_CLASS={third})"
@@ -93,7 +93,7 @@ def plan_split(data_dir, n, seed):
         together = f"a patient's images stay together, {count_patients(train)} patients in train/"
         others = f"see patient_id in {METADATA}, or ask for more: --per-class (make: PER_CLASS=)"
         raise Failure(f"--per-class {n}: {together}, and no choice is that small; {others}")
-    if wanted and any(len(files) < n for files in moved.values()):
+    if asked and any(len(files) < n for files in moved.values()):
         warn(f"whole patients give {count(moved)} images, not {n} of each")
     if unknown := sum(image.patient is None for image in train):
         tell = f"{data_dir / METADATA} with columns file_name and patient_id can tell them"
@@ -623,7 +623,7 @@ LINES = 25  # errors and warnings on the page
 
 def examine(data_dir):
     """Everything the check finds: what --json holds."""
-    common.read_split(data_dir)  # a Failure where a split was interrupted
+    common.require_whole_split(data_dir)
     splits = ["train"] + ["val"] * any(list_val(data_dir).values())
     splits += ["test"] * (data_dir / "test").exists()
     listed = [each for split in splits for each in common.list_split(data_dir, split, others=True)]

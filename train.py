@@ -212,7 +212,7 @@ def train_seeds(train_features, train_labels, val_features, val_labels, args):
         return heads[0], heads
     try:
         for seed in range(args.seed, args.seed + args.seeds):
-            trained = train_head(*data, args, seed, log=quiet)
+            trained = train_head(*data, args, seed, log=lambda line: None)
             if trained.interrupted:
                 raise trained.interrupted
             heads.append(trained)
@@ -233,10 +233,6 @@ def train_seeds(train_features, train_labels, val_features, val_labels, args):
     loss, accuracy = validate(head, val_features, val_labels, balanced_criterion(train_labels))
     mean = heads[0]._replace(head=head, val_loss=loss, val_accuracy=accuracy)
     return mean._replace(interrupted=interrupted), heads
-
-
-def quiet(line):
-    """The log of heads that are trained by the dozen."""
 
 
 def print_weight(labels):
@@ -315,10 +311,12 @@ def threshold_rule(text):
 
 
 def prepare(args, *outputs):
-    """(device, fast dtype, {split: [Image]}, Backbone); checks the outputs, before the work."""
+    """(device, fast dtype, {split: [Film]}, Backbone); checks the outputs, before the work."""
     device, dtype = common.pick_device(args.device)
-    alone = args.folds and not (args.data_dir / "val").exists()  # cross-validation needs no val/
-    found = {"val": []} | common.read_split(args.data_dir, "train", *["val"] * (not alone))
+    splits = ["train", "val"]
+    if args.folds and not (args.data_dir / "val").exists():
+        splits.remove("val")  # cross-validation needs none
+    found = {"val": []} | common.read_split(args.data_dir, *splits)
     backbone = common.build_backbone(args.arch, *load_weights(args))
     common.require_writable(*outputs)
     return device, dtype, found, backbone
@@ -489,7 +487,7 @@ def split_folds(images, labels, n_folds, seed):
 def held_out_probs(views, features, labels, train, val, held_out, args, seed):
     """(P(PNEUMONIA) of the held-out rows, best epoch) of a head trained on `train`."""
     data = views[train], labels[train], features[val], labels[val]
-    trained = train_head(*data, args, seed, log=quiet)
+    trained = train_head(*data, args, seed, log=lambda line: None)
     if trained.interrupted:
         raise trained.interrupted
     with torch.no_grad():

@@ -274,7 +274,7 @@ def test_a_moved_image_costs_nothing(backbone, images, tmp_path, capsys):
     computed(capsys)
     moved = tmp_path / "elsewhere.jpeg"
     moved.write_bytes(images[3].path.read_bytes())
-    extract(backbone, [common.Image(moved, 1, images[3].digest)], 1, tmp_path / "cache")
+    extract(backbone, [common.Film(moved, 1, images[3].digest)], 1, tmp_path / "cache")
     assert computed(capsys) == 0
 
 
@@ -328,7 +328,7 @@ def test_a_damaged_file_of_the_cache_is_computed_again_and_said(
 def test_an_image_that_changes_after_it_was_hashed_is_never_kept(backbone, images, tmp_path):
     path = tmp_path / "a.jpeg"
     path.write_bytes(images[0].path.read_bytes())
-    image = common.Image(path, 0, images[1].digest)
+    image = common.Film(path, 0, images[1].digest)
     _, bad = extract(backbone, [image, images[2]], 1, tmp_path / "cache")
     assert list(bad) == [0] and "changed" in bad[0]
     assert [p.stem for p in (tmp_path / "cache").glob("*/*.npz")] == [images[2].digest]

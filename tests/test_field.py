@@ -155,7 +155,7 @@ def test_dicom_that_is_no_single_radiograph_is_refused_with_the_reason(reason, t
     if "NumberOfFrames" in tags:
         tags["pixels"] = np.stack([LEVELS] * 3)
     path = write_dicom(tmp_path / "a.dcm", **tags)
-    item = common.Views([common.Image(path, 0, common.hash_file(path))], 1, 2)[0]
+    item = common.Views([common.Film(path, 0, common.hash_file(path))], 1, 2)[0]
     assert reason in item[2]
 
 
@@ -345,7 +345,7 @@ def test_what_a_table_leaves_open_is_told_with_its_number(data, capsys):
     for text, expected in (
         (
             "image,patient_id\n",
-            "expected the columns file_name and patient_id, separated by commas, found image",
+            "row 1, column file_name: expected its name, and commas between columns",
         ),
         (f"file_name\n{images[0]}\n{images[0]}\n", "row 3"),
         ("", "an empty file"),

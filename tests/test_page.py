@@ -142,7 +142,7 @@ def test_a_result_elsewhere_is_that_of_the_literature():
         [3.54, 2.20, 5.69], abs=0.25
     )
     metrics = {"sensitivity": sensitivity, "specificity": specificity}
-    found = {each["prevalence"]: each for each in evaluate.elsewhere(metrics, (0.1, 0.5))}
+    found = {each["prevalence"]: each for each in evaluate.at_prevalences(metrics, (0.1, 0.5))}
     assert found[0.5]["ppv"]["value"] == pytest.approx(46 / 59)
     assert found[0.5]["npv"]["value"] == pytest.approx(37 / 41)
     ppv = found[0.1]["ppv"]
@@ -161,7 +161,7 @@ def test_intervals_elsewhere_hold_the_truth_also_where_nothing_is_wrong():
         for _ in range(600):
             shares = (share(rng.binomial(n, p), n) for p in (sensitivity, specificity))
             metrics = dict(zip(("sensitivity", "specificity"), shares, strict=True))
-            (found,) = evaluate.elsewhere(metrics, [prevalence])
+            (found,) = evaluate.at_prevalences(metrics, [prevalence])
             for i, (name, truth) in enumerate((("ppv", ppv), ("npv", npv))):
                 hits[i] += found[name]["low"] <= truth <= found[name]["high"]
         assert (hits / 600 > 0.9).all(), (sensitivity, specificity, hits)
@@ -170,12 +170,12 @@ def test_intervals_elsewhere_hold_the_truth_also_where_nothing_is_wrong():
 @pytest.mark.parametrize(("right", "wrong"), [(50, 50), (0, 0), (0, 50), (50, 0)])
 def test_shares_of_0_and_1_give_limits_or_are_undefined(right, wrong):
     metrics = {"sensitivity": share(right, 50), "specificity": share(wrong, 50)}
-    for each in evaluate.elsewhere(metrics, evaluate.PREVALENCES):
+    for each in evaluate.at_prevalences(metrics, evaluate.PREVALENCES):
         for name in ("ppv", "npv"):
             low, value, high = (each[name][key] for key in ("low", "value", "high"))
             if value is not None:
                 assert -1e-9 <= low <= value <= high <= 1 + 1e-9
-    json.dumps(evaluate.elsewhere(metrics, [0.1]), allow_nan=False)
+    json.dumps(evaluate.at_prevalences(metrics, [0.1]), allow_nan=False)
 
 
 def test_wilson_s_interval_counts_patients_where_their_images_are_alike():

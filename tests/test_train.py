@@ -172,7 +172,7 @@ def test_the_feature_loop_is_the_plain_loop(split_phantoms):
     device = torch.device("cpu")
     features, _ = common.extract_features(backbone, images, 3, 2.0, device, torch.float32, args)
     data = features[:16], labels[:16], features[16:, 0], labels[16:]
-    found = train.train_head(*data, args, seed=7, log=train.quiet)
+    found = train.train_head(*data, args, seed=7, log=lambda line: None)
 
     views = common.Views(images, 3, 2.0)
     pixels = torch.stack([common.NORMALIZE(views[i][1]) for i in range(len(images))])
@@ -206,10 +206,10 @@ def test_early_stopping_plateau_and_best_epoch_follow_the_validation_loss(monkey
 
 def test_the_saved_head_is_that_of_the_best_epoch_and_takes_raw_features():
     x, y = drawn()
-    found = train.train_head(x, y, x[:, 0], 1 - y, settings(), 0, train.quiet)
+    found = train.train_head(x, y, x[:, 0], 1 - y, settings(), 0, lambda line: None)
     assert found.epoch < len(found.history)  # it soon gets worse on the swapped labels
     until_best = settings(epochs=found.epoch, patience=0)
-    again = train.train_head(x, y, x[:, 0], 1 - y, until_best, 0, train.quiet)
+    again = train.train_head(x, y, x[:, 0], 1 - y, until_best, 0, lambda line: None)
     assert torch.equal(found.head.weight, again.head.weight)
     criterion = train.balanced_criterion(y)
     loss, _ = train.validate(found.head, x[:, 0], 1 - y, criterion)
@@ -247,7 +247,7 @@ def test_a_feature_that_is_constant_in_training_is_not_blown_up():
     x[:, :, 3] = 7
     changed = x.clone()
     changed[:, :, 3] = 7.5
-    head = train.train_head(x, y, x[:, 0], y, settings(), 0, train.quiet).head
+    head = train.train_head(x, y, x[:, 0], y, settings(), 0, lambda line: None).head
     assert (head(changed[:, 0]) - head(x[:, 0])).abs().max() < 1
 
 
@@ -257,7 +257,9 @@ def test_a_head_has_the_same_bits_on_any_number_of_threads():
     for threads in (1, 2):
         torch.set_num_threads(threads)
         with train.one_thread():
-            heads.append(train.train_head(x, y, x[:, 0], y, settings(epochs=3), 0, train.quiet))
+            heads.append(
+                train.train_head(x, y, x[:, 0], y, settings(epochs=3), 0, lambda line: None)
+            )
         assert torch.get_num_threads() == threads
     assert torch.equal(heads[0].head.weight, heads[1].head.weight)
 
