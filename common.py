@@ -235,14 +235,12 @@ def read_split(data_dir, *splits, rows=None):
             twin = first.setdefault(image.digest, image)
             if image.digest and twin.path.parent != image.path.parent:
                 raise Failure(f"{image.path}: the same file as {twin.path}; remove one of them")
-    if len(splits) > 1 and (
-        shared := set.intersection(*({i.group for i in found[s]} for s in splits))
-    ):
-        sides = " and ".join(f"{split}/" for split in splits)
-        undo = (
-            "split_val.py --undo, then split again" if "val" in splits else "split_val.py --check"
-        )
-        warn(f"{len(shared)} patients are in {sides}, as {min(shared)}; {undo}")
+    if len(splits) > 1:
+        sides = [{i.group if "val" in splits else i.patient for i in found[s]} for s in splits]
+        if shared := set.intersection(*sides) - {None}:
+            undo = "--undo, then split again" if "val" in splits else "--check lists them"
+            where = " and ".join(f"{split}/" for split in splits)
+            warn(f"patients in {where}: {len(shared)}, as {min(shared)}; split_val.py {undo}")
     return found
 
 
@@ -921,7 +919,8 @@ def without_bad(images, bad, skip_bad):
     if lines and not skip_bad:
         for line in lines[1:SHOWN]:
             print(line, file=sys.stderr)
-        more = f" (and {len(lines) - 1} more; split_val.py --check lists all)" if lines[1:] else ""
+        check = "" if images[0].label is None else "; split_val.py --check lists all"
+        more = f" (and {len(lines) - 1} more{check})" if lines[1:] else ""
         raise Failure(
             f"{lines[0]}{more}; repair or remove it, or leave such images out with --skip-bad"
         )
@@ -1128,10 +1127,7 @@ def explain(error, args):
         return 4, f"memory is full{remedy}"
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return (
-            4,
-            "the screen is read no further, as by `head`; what was written until then is whole",
-        )
+        return 4, "nobody reads the screen any more, as after `head`; each file written is whole"
     message = f"{error.filename or 'a file'}: {error.strerror or error}"
     if error.errno in FULL:
         message += "; free some space, or write elsewhere"

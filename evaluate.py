@@ -333,11 +333,9 @@ def measure(table, threshold, seed):
     for name, each in zip(smooth, logit_intervals(table, statistic_of(*smooth), seed), strict=True):
         metrics[name] = each
     drawn, _ = bootstrap(table, statistic_of("f1", "brier"), seed, "BCa")
-    limits = zip(("f1", "brier"), *drawn.confidence_interval, strict=True)
-    for name, low, high in limits:
-        known = math.isfinite(low + high)  # else all draws are alike
-        metrics[name] |= {"low": float(low if known else values[name])}
-        metrics[name] |= {"high": float(high if known else values[name])}
+    for name, low, high in zip(("f1", "brier"), *drawn.confidence_interval, strict=True):
+        if math.isfinite(low + high) and low < high:  # else all draws are alike
+            metrics[name] |= {"low": float(low), "high": float(high)}
     return metrics, {"tp": tp, "fp": fp, "tn": tn, "fn": fn}
 
 
@@ -394,12 +392,12 @@ def logit_intervals(table, statistic, seed):
     """
     (drawn, m), found = bootstrap(table, statistic, seed, "percentile"), []
     for value, sd in zip(statistic(range(len(table.files))), drawn.standard_error, strict=True):
-        low = high = value  # where all draws are alike
-        if sd > 1e-6:
+        found.append({"value": float(value), "low": None, "high": None})
+        if sd > 1e-6:  # else all draws are alike
             sd *= math.sqrt(m / max(m - 1, 1)) / (value * (1 - value))
             reach = scipy.stats.t.ppf(0.975, max(m - 1, 1)) * sd
             low, high = expit(logit(value) - reach), expit(logit(value) + reach)
-        found.append({"value": float(value), "low": float(low), "high": float(high)})
+            found[-1] |= {"low": float(low), "high": float(high)}
     return found
 
 
@@ -411,14 +409,14 @@ def paired_differences(table, differences, seed):
 
 
 def wald(value, error):
-    """{value, low, high}: 1.96 standard errors to each side; None for each that is not finite."""
+    """{value, low, high}: 1.96 standard errors to each side; None for what is not finite, or not
+    known: an error of 0 about a difference."""
     if not math.isfinite(value + error):
         return {"value": None, "low": None, "high": None}
-    return {
-        "value": float(value),
-        "low": float(value - Z * error),
-        "high": float(value + Z * error),
-    }
+    if error < 1e-9 < abs(value):
+        return {"value": float(value), "low": None, "high": None}
+    low, high = value - Z * error, value + Z * error
+    return {"value": float(value), "low": float(low), "high": float(high)}
 
 
 def measure_subgroups(table, threshold, seed):
@@ -626,7 +624,8 @@ def verdict(gain):
     """Whether the network is better, in words."""
     if gain["value"] <= 0:
         return "NO BETTER"
-    return "better" if gain["low"] > 0 else "better, but within chance"
+    known = gain["low"] is not None
+    return "better" if known and gain["low"] > 0 else "better, but within chance"
 
 
 def read_numbers(images):
@@ -924,26 +923,24 @@ def findings(report):
         yield f"No interval of {', '.join(alike)}", [none]
     slope, intercept = interval(calibration["slope"]), interval(calibration["intercept"])
     before, after = (calibration[key]["brier"] for key in ("without", "with"))
-    yield (
-        "Calibration",
-        [
-            f"intercept {intercept}, 0 if right; slope {slope}, 1 if right",
-            f"Brier {after:.3f} with the slope and intercept that were fitted on val and are part "
-            f"of every number here; {before:.3f} without",
-        ],
-    )
+    lines = [f"intercept {intercept}, 0 if right; slope {slope}, 1 if right"]
+    if calibration["platt"] != {"slope": 1, "intercept": 0}:
+        fitted = "the slope and intercept that were fitted on val and are part of every number here"
+        lines.append(f"Brier {after:.3f} with {fitted}; {before:.3f} without")
+    yield "Calibration", lines
     share = sum(report["counts"][key] for key in ("tp", "fn")) / report["n"]
-    here = f"{share:.0%} of these images are PNEUMONIA; in a clinic, where fewer are, a positive "
-    lines = [f"{here}result means less. Where the share is"]
+    here = f"{100 * share:.0f} % of these images are PNEUMONIA. In a clinic where fewer are, a "
+    lines = [f"{here}positive result means less. With the share taken as known:"]
     for each in report["elsewhere"]:
         values = f"PPV {interval(each['ppv'])}, NPV {interval(each['npv'])}"
         lines.append(f"{100 * each['prevalence']:4.3g} %: {values}")
     yield "What a result means elsewhere", lines
     if group := report["unlike"]:
-        shift = "" if group["shift"] is None else f", shift {group['shift']:.2f}"
+        shift = f"; all are shifted by {group['shift'] or 0:.2f} deviations, {SHIFT} would be much"
+        shift = "" if group["shift"] is None else shift
         names = ", ".join(group["files"][: common.SHOWN])
         more = ", ..." * (len(group["files"]) > common.SHOWN)
-        counted = f"{group['over']} of {group['n']} (1 in 100 expected){shift}"
+        counted = f"{group['over']} of {group['n']}, 1 in 100 expected{shift}"
         yield "Images unlike those of training", [f"{counted}{': ' * bool(names)}{names}{more}"]
     if numbers and "none" in numbers:
         none = f"none to compare with ({numbers['none']})"
@@ -965,7 +962,7 @@ def findings(report):
         lines.append(f"{only} only there: p {other['p_value']:.3g} ({other['test']})")
         yield f"This model minus {other['with']} at threshold {other['threshold']:.4g}", lines
     if report["not_assessed"]:
-        columns = f"no such column in {common.METADATA}"
+        columns = f"no such column of 2 to 10 values in {common.METADATA}"
         yield "Not assessed", [f"{', '.join(report['not_assessed'])} ({columns})"]
 
 
@@ -979,7 +976,7 @@ td, th { padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line); tex
 td { font-variant-numeric: tabular-nums }
 figure { margin: 0; break-inside: avoid } figure img { width: 100%; background: white }
 .pictures { display: grid; gap: 1rem; margin-top: 1.5rem }
-.pictures { grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)) }
+.pictures { grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)) }
 .lead { font-size: 1.2rem } .warning { background: var(--warn); padding: .6rem 1rem }
 pre { white-space: pre-wrap; overflow-wrap: anywhere } small, figcaption { opacity: .8 }
 """
@@ -1017,8 +1014,12 @@ def write_page(folder, report, pictures):
     scores = [(names[name], interval(each)) for name, each in metrics.items()]
     first = [scores[list(metrics).index(name)] for name in LEAD]
     lead = ", ".join(f"{name} {value}" for name, value in first)
-    groups = rows(
-        (each["group"], each["metric"], each["n"], interval(each))
+    if numbers := (report["shortcut"] or {}).get("numbers"):
+        best = report["shortcut"]["number"]
+        lead += f". An image's {best} alone has AUROC {numbers[best]['auroc']:.3f}: "
+        lead += f"the network is {numbers[best]['network_is']}"
+    groups = rows([("group", "score", "images", "value (95 % interval)")], "th") + rows(
+        (each["group"], names[each["metric"]], each["n"], interval(each))
         for each in report["subgroups"].values()
     )
     counts = report["counts"]
@@ -1051,7 +1052,7 @@ def write_page(folder, report, pictures):
 <h3>Counts at the threshold</h3>
 <table>{rows([("truth", "predicted NORMAL", "predicted PNEUMONIA")], "th")}{matrix}</table>
 <div class="pictures">{small}</div>
-{"<h2>Subgroups</h2><table>" + groups + "</table>" if groups else ""}
+{"<h2>Subgroups</h2><table>" + groups + "</table>" if report["subgroups"] else ""}
 <h2>What stands beside the scores</h2>
 {checks}
 {worst}
@@ -1072,6 +1073,7 @@ def summarise(report, table, args):
     """The report with every number of a table of predictions."""
     readable, threshold = table.readable(), report["threshold"]
     metrics, counts = measure(readable, threshold, args.seed)
+    groups = measure_subgroups(readable, threshold, args.seed)
     drawn = {name: each for name, each in metrics.items() if name not in PROPORTIONS}
     about = {"proportions": ", ".join(PROPORTIONS), "draws": DRAWS, "seed": args.seed}
     return report | {
@@ -1084,11 +1086,11 @@ def summarise(report, table, args):
         "counts": counts,
         "metrics": metrics,
         "intervals": INTERVALS.format(**about),
-        "without_spread": [k for k, v in drawn.items() if v["low"] == v["high"] is not None],
-        "subgroups": measure_subgroups(readable, threshold, args.seed),
+        "without_spread": [k for k, v in drawn.items() if k != "ece" and v["low"] is None],
+        "subgroups": groups,
         "elsewhere": at_prevalences(metrics, (*PREVALENCES, *args.prevalence)),
         "left_out": count_left_out(table, report["model"] or {}),
-        "not_assessed": [name for name in NOT_ASSESSED if not any(name in a for a in table.about)],
+        "not_assessed": [n for n in NOT_ASSESSED if not any(g.startswith(f"{n} ") for g in groups)],
         "calibration": measure_calibration(readable, report["model"] or {}),
         "warnings": list(dict.fromkeys(report["warnings"] + below_chance(metrics["auroc"]))),
         "comparison": compare(args, readable, threshold, args.seed) if args.compare else None,
@@ -1111,7 +1113,7 @@ def count_left_out(table, model):
 
 def below_chance(auroc):
     """A warning where the scores are worse than a coin, which no honest mistake makes them."""
-    if auroc["high"] >= 0.5:
+    if (auroc["value"] if auroc["high"] is None else auroc["high"]) >= 0.5:
         return []
     return [f"AUROC {interval(auroc)} is far below chance: are the class folders swapped?"]
 
@@ -1276,19 +1278,21 @@ def parse_args(argv=None):
     parser = common.Parser("evaluate.py", __doc__)
     add, none = parser.add_argument, argparse.SUPPRESS  # SUPPRESS: no "default: None" in the help
     parser.set_defaults(images=[], threshold=None, cam=None, source=None, compare=None, arch=None)
+    parser.set_defaults(split=None, prevalence=[])
     common.add_flags(parser, *common.RUN_FLAGS)
     # fmt: off
     add("images", nargs="*", type=Path, default=none, metavar="FILE_OR_FOLDER",
         help="classify these, not a split")
     add("--arch", default=none, metavar="NAME",
         help="the network of a --checkpoint without model.json (default: resnet50)")
-    add("--split", choices=("test", "val", "train"), default="test", help="the images to score")
+    add("--split", choices=("test", "val", "train"), default=none,
+        help="the images to score (default: test)")
     add("--threshold", type=probability, default=none, metavar="T",
         help="P(PNEUMONIA) above which an image is PNEUMONIA, 0 to 1 (default: the one stored "
              "with the model)")
-    add("--prevalence", type=common.number(float, 1e-6, 1 - 1e-6), action="append", default=[],
+    add("--prevalence", type=common.number(float, 1e-6, 1 - 1e-6), action="append", default=none,
         metavar="P",
-        help="share of PNEUMONIA elsewhere, 0 to 1: what a result means there, beside the usual")
+        help="share of PNEUMONIA elsewhere: what a result means there, beside the usual shares")
     add("--cam", type=Path, default=none, metavar="DIR",
         help="also write a class activation map of each image there, below --results-dir")
     add("--from", type=Path, default=none, dest="source", metavar="CSV",
@@ -1301,6 +1305,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.images and (args.source or args.compare):
         parser.error("FILE_OR_FOLDER: --from and --compare need labels, and work on a split only")
+    if args.source and args.split:
+        parser.error("--split: the table of --from has its split")
+    args.split = args.split or "test"
     if args.source and args.cam:
         parser.error("--cam: needs the images, --from has none")
     if args.cam:

@@ -644,7 +644,7 @@ def test_a_patient_of_the_test_images_in_train_or_val_is_warned_of_in_the_report
     val = sorted((data / "val" / "PNEUMONIA").iterdir())[0]
     val.rename(val.with_name(f"{common.patient_of(other.name)}_99.jpeg"))
     assert train.main(flags(data, *TINY)) == 0
-    assert "1 patients are in train/ and val/, as person" in capsys.readouterr().err
+    assert "patients in train/ and val/: 1, as person" in capsys.readouterr().err
     assert evaluate.main(flags(data)) == 0
     error = capsys.readouterr().err
     assert "1 of 24 test images are of patients in train/ or val/" in error

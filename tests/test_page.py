@@ -82,8 +82,9 @@ def test_every_number_on_the_page_is_that_of_metrics_json(odd_names, tmp_path, f
     for name, each in report["metrics"].items():
         assert cells[name] == [evaluate.interval(each)]
     groups = [row for row in page.rows if len(row) == 4]
+    names = {name: name.capitalize() for name in ("sensitivity", "specificity")}
     assert groups == [
-        [each["group"], each["metric"], str(each["n"]), evaluate.interval(each)]
+        [each["group"], names.get(each["metric"], "AUROC"), str(each["n"]), evaluate.interval(each)]
         for each in report["subgroups"].values()
     ]
     assert len(groups) == 2 + 6 and groups[2][0] == "ward <b>F&M</b>"
@@ -95,7 +96,7 @@ def test_every_number_on_the_page_is_that_of_metrics_json(odd_names, tmp_path, f
         assert f"{100 * each['prevalence']:.3g} %: {values}" in page.text
     for title, lines in evaluate.findings(report):
         assert title in page.text and all(line in page.text for line in lines)
-    assert report["intervals"] in page.text and "50% of these images are PNEUMONIA" in page.text
+    assert report["intervals"] in page.text and "50 % of these images are PNEUMONIA" in page.text
     assert all(warning in page.text for warning in report["warnings"])
     assert "fewer than 30 patients in a class: intervals are rough" in page.text
 
@@ -125,7 +126,7 @@ def test_what_is_missing_or_given_afterwards_stands_beside_the_result(
         assert "1 of train/NORMAL, 1 of test/PNEUMONIA: left out" in shown
         told = f"there sensitivity {evaluate.interval(there['sensitivity'])}, specificity"
         assert "sensitivity=0.9 on val" in shown and told in shown
-        assert "age, sex, device (no such column in metadata.csv)" in shown
+        assert "age, sex, device (no such column of 2 to 10 values in metadata.csv)" in shown
 
 
 # ---------------------------------------------------------------- results elsewhere

@@ -3,7 +3,9 @@
 import csv
 import hashlib
 import json
+import random
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -234,3 +236,23 @@ def test_the_check_finds_what_is_known_of_the_reference_data(xrays, tmp_path, ca
     if layout == "train alone":
         assert report["patients"] == {"train/NORMAL": 148, "train/PNEUMONIA": 148}
         assert report["shift"] == [] and "fitted on other patients" in page
+
+
+def test_flipped_labels_lead_the_table_of_doubtful_ones(results, weights, cache, tmp_path):
+    for name in CLASSES:
+        for split in ("train", "val"):
+            shutil.copytree(
+                results / "data" / split / name, tmp_path / "train" / name, dirs_exist_ok=True
+            )
+    flipped = random.Random(0).sample(sorted(tmp_path.glob("train/*/*")), 15)
+    for path in flipped:
+        other = CLASSES[1 - CLASSES.index(path.parent.name)]
+        path.rename(path.parent.parent / other / path.name)
+    flags = ["--data-dir", tmp_path, "--results-dir", tmp_path / "results", "--cache-dir", cache]
+    flags += ["--arch", "lite0", "--weights", weights, "--views", "2"]
+    assert train.main([str(flag) for flag in (*flags, "--folds", 5, "--repeats", 3)]) == 0
+    with open(tmp_path / "results" / "doubtful_labels.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = {path.name for path in flipped}
+    assert len(rows) == 300
+    assert sum(Path(row["file"]).name in names for row in rows[:15]) >= 0.55 * 15
