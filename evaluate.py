@@ -222,6 +222,8 @@ def measure_unlike(features, training):
     features: float32 (N, width); training: what model.json says of the training features. Above 1
     is farther away than 99 % of the validation images. shift: by how many deviations a feature of
     the group is off, the root mean square over the features, less what chance gives n images.
+    Photographs, noise and blur are told, negatives and other framings as a group; with random
+    weights only gross cases.
     """
     mean, std = (torch.tensor([float(x) for x in training[k].split()]) for k in ("mean", "std"))
     unlike = common.distance(features, mean, std) / training["limit"]
