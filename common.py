@@ -38,8 +38,6 @@ try:
     import torch.distributed as dist
     import torchvision
     from PIL import ImageMode, ImageOps, PngImagePlugin, TiffImagePlugin
-    from scipy.optimize import minimize
-    from scipy.special import expit
     from torch import nn
     from torch.fx.experimental.optimization import fuse
     from torch.utils.data import DataLoader, Dataset
@@ -48,7 +46,7 @@ try:
     from tqdm import tqdm
 
     # imported where they are needed: a second of which most runs wait for nothing
-    for later in ("matplotlib", "pydicom", "scipy.stats", "sklearn", "torchmetrics"):
+    for later in ("matplotlib", "pydicom", "scipy", "sklearn", "torchmetrics"):
         if importlib.util.find_spec(later) is None:
             raise ImportError(f"No module named {later!r}")
 except Exception as error:  # a package is missing, or is not for the version of another
@@ -1007,13 +1005,21 @@ def fit_logistic(x, labels, offset, clusters):
 
     offset: (n,), added to the logit. The errors are the sandwich's, images clustered by patient.
     """
+    data = torch.as_tensor(x), torch.as_tensor(labels).double(), torch.as_tensor(offset)
+    beta = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
+    precise = {"tolerance_grad": 1e-9, "tolerance_change": 1e-12, "max_iter": 300}
+    optimizer = torch.optim.LBFGS([beta], line_search_fn="strong_wolfe", **precise)
 
-    def loss(beta):
-        z = x @ beta + offset
-        return np.sum(np.logaddexp(0, z) - labels * z), x.T @ (expit(z) - labels)
+    def closure():
+        optimizer.zero_grad()
+        logits = data[0] @ beta + data[2]
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, data[1], reduction="sum")
+        loss.backward()
+        return loss
 
-    beta = minimize(loss, np.zeros(x.shape[1]), jac=True, method="BFGS").x
-    p = expit(x @ beta + offset)
+    optimizer.step(closure)
+    beta = beta.detach().numpy()
+    p = torch.sigmoid(torch.as_tensor(x @ beta + offset)).numpy()
     bread = np.linalg.pinv((x * (p * (1 - p))[:, None]).T @ x)
     _, patient = np.unique(clusters, return_inverse=True)
     gradients = np.zeros((patient.max() + 1, x.shape[1]))

@@ -29,6 +29,9 @@ from common import CLASSES, Failure, replacing, warn
 
 # isort: split
 import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -436,24 +439,22 @@ def draw_curves(path, history, best_epoch):
 
 def draw_samples(path, images, args):
     """A grid of two training images of each class, in the views that the network sees."""
-    from matplotlib.figure import Figure
-
-    columns = min(args.views, 8)
     by_class = [[image for image in images if image.label == label] for label in (0, 1)]
     rows = [found[third * len(found) // 3] for found in by_class for third in (1, 2)]
-    figure = Figure((1.6 * columns + 0.4, 7.6))
-    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.95, wspace=0.04, hspace=0.25)
-    axes = figure.subplots(len(rows), columns, squeeze=False)
-    for image, row in zip(rows, axes, strict=True):
+    columns, width, height = min(args.views, 8), common.SIZE + 8, common.SIZE + 40
+    sheet = PIL.Image.new("L", (columns * width, len(rows) * height), "white")
+    draw, font = PIL.ImageDraw.Draw(sheet), PIL.ImageFont.load_default(12)
+    for y, image in enumerate(rows):
         picture = common.load_image(image.path, args.window)
-        for n, ax in enumerate(row):
-            view = common.make_view(picture, n, image.digest)
-            ax.imshow(view, cmap="gray", vmin=0, vmax=255)
-            ax.axis("off")
-            name = {0: "view 0: the image", 1: "view 1: mirrored"}.get(n, f"view {n}")
-            title = f"{CLASSES[image.label]} {image.path.name:.20}\n" if n == 0 else ""
-            ax.set_title(title + name, fontsize=7, loc="left", parse_math=False)
-    common.save_figure(path, figure, 120)
+        for x in range(columns):
+            name = {0: "view 0: the image", 1: "view 1: mirrored"}.get(x, f"view {x}")
+            title = f"{CLASSES[image.label]} {image.path.name:.20}\n" if x == 0 else "\n"
+            draw.text((x * width + 4, y * height + 4), title + name, "black", font)
+            sheet.paste(
+                common.make_view(picture, x, image.digest), (x * width + 4, y * height + 36)
+            )
+    with replacing(path) as file:
+        sheet.save(file, format="png", compress_level=1)
 
 
 # ---------------------------------------------------------------- cross-validation
