@@ -667,6 +667,8 @@ def find_state(checkpoint, path):
     if len(found) > 1:
         keep = f"torch.save(checkpoint[{found[0]!r}], FILE)"
         raise Failure(f"{path}: holds several state dicts ({', '.join(found)}); keep one: {keep}")
+    if not found:
+        raise TypeError("no dict of tensors")
     return checkpoint[found[0]]
 
 
