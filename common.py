@@ -342,7 +342,9 @@ def dicom_patient(path):
 
         told = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"])
         patient = str(told.get("PatientID") or "").strip()
-    except Exception:  # damaged; the pass, or the check, says so
+    except Exception as error:  # damaged; the pass, or the check, says so
+        if is_no_fault_of_the_file(error):
+            raise
         return None
     return f"ID-{hashlib.sha256(patient.encode()).hexdigest()[:12]}" if patient else None
 
@@ -395,7 +397,8 @@ def open_picture(content):
         if mode == "1":
             raise ValueError("a picture of two colours, expected grey levels")
         bits = max(getattr(image, "tag_v2", {}).get(258, (8,)))  # of TIFF
-        sixteen = bits > 8 or re.search(r";16[BLN]|65535", str(image.tile))  # of PNG, PPM
+        how = [tile.args for tile in image.tile]  # to decode it: "RGB;16B", or PPM's ("RGB", 65535)
+        sixteen = bits > 8 or re.search(";16[BLN]", str(how)) or ("RGB", 65535) in how
         if mode[0] not in "IF" and sixteen:
             raise ValueError("16 bits a channel, of which 8 would be lost; save it as 16-bit grey")
         if kind != "MPO" and (pages := getattr(image, "n_frames", 1)) > 1:

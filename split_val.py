@@ -211,7 +211,7 @@ def link_images(data_dir, source):
     for split, path, label in listed:
         places = [data_dir / each / CLASSES[label] / path.name for each in (split, "val")]
         there = next(filter(os.path.lexists, places), None)  # linked already, perhaps moved since
-        if there and there.resolve() != path:
+        if there and there.resolve() != path.resolve():  # which may be a link, too
             raise Failure(
                 f"{there}: is no link to {path}; name another --data-dir for these images"
             )

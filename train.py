@@ -372,7 +372,7 @@ def score_shares(positive, labels, images):
     the training, and chose the threshold where a rule did.
     """
     right = (positive == (labels > 0.5)).double().reshape(-1, len(labels)).mean(0).numpy()
-    patients, y = np.array([i.patient or i.path.name for i in images]), labels.numpy()
+    patients, y = np.array([i.patient or str(i.path) for i in images]), labels.numpy()
     sides = {"accuracy": y >= 0, "sensitivity": y > 0.5, "specificity": y < 0.5}
     return {name: common.proportion(right[side], patients[side]) for name, side in sides.items()}
 
@@ -516,7 +516,6 @@ def cross_validate(args):
     common.end_other_ranks()
     features, labels = features[:, 0], labels_of(images)
     data, n_train = (views, features, labels), sum(i.path.parts[-3] == "train" for i in images)
-    print_weight(labels)
 
     by_repeat, by_fold, epochs, single = [], [], [], {}
     bar = tqdm(total=args.folds * args.repeats, unit=" heads", disable=None)

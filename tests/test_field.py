@@ -741,3 +741,27 @@ def test_a_record_of_something_else_and_a_stray_rank_are_told(
     monkeypatch.setattr(common, "try_device", lambda name: "")
     monkeypatch.setenv("LOCAL_RANK", "3")  # of a scheduler, without torchrun
     assert common.pick_device("auto")[0] == torch.device("cuda:0")
+
+
+def test_links_to_images_that_are_links_themselves_are_known_again(data, tmp_path):
+    shutil.rmtree(data / "val")
+    store = tmp_path / "store"  # as git-annex and DVC keep files
+    store.mkdir()
+    for i, path in enumerate(sorted(data.glob("*/*/*"))):
+        shutil.move(path, store / str(i))
+        path.symlink_to(store / str(i))
+    for _ in range(2):
+        words = ["--data-dir", tmp_path / "links", "--link-from", data]
+        assert split_val.main([str(word) for word in words]) == 0
+
+
+def test_where_a_picture_stands_in_its_file_does_not_matter(tmp_path):
+    pixels = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 256, 0).repeat(3, 2)
+    tags = {256: 256, 257: 256, 258: 8, 259: 1, 262: 2, 273: 65535, 277: 3, 278: 256}
+    tags[279] = pixels.size
+    entries = [struct.pack("<HHII", key, 4, 1, value) for key, value in tags.items()]
+    entries[2] = struct.pack("<HHII", 258, 3, 3, 8)  # 8, 8, 8 at byte 8
+    content = b"II*\0" + struct.pack("<I3H", 65535 + pixels.size, 8, 8, 8)
+    content = content.ljust(65535, b"\0") + pixels.tobytes() + struct.pack("<H", len(tags))
+    (tmp_path / "a.tiff").write_bytes(content + b"".join(entries) + bytes(4))
+    assert (np.asarray(common.open_image(tmp_path / "a.tiff").grey) == pixels[..., 0]).all()
