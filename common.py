@@ -507,11 +507,8 @@ def explain_unreadable(path, error):
 def pick_device(name):
     """(torch.device, fast dtype for training views) for --device; an absent one is a Failure."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if name == "auto":
+    if auto := name == "auto":
         name = "cuda" if cuda else "mps" if mps else "cpu"
-        if error := try_device(name):
-            warn(f"{name} cannot be used ({error}): going on with the CPU")
-            name = "cpu"
     if name == "cuda":
         under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
         name += f":{os.environ['LOCAL_RANK'] if under_torchrun else 0}"  # a GPU for each process
@@ -523,7 +520,10 @@ def pick_device(name):
         found = f"no such device here ({count} found)"
         raise Failure(f"--device {name}: {found}; use --device auto or cpu")
     if error := try_device(name):
-        raise Failure(f"--device {name}: cannot be used ({error}); use --device auto or cpu", 4)
+        if not auto:
+            raise Failure(f"--device {name}: cannot be used ({error}); use --device auto or cpu", 4)
+        warn(f"{device.type} cannot be used ({error}): going on with the CPU")
+        name, device = "cpu", torch.device("cpu")
     dtype = torch.float32
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # it would round what is scored to 10 bits
@@ -937,13 +937,12 @@ def without_bad(images, bad, skip_bad):
 # ---------------------------------------------------------------- scores
 
 
-def distance(features, mean, std):
-    """float32 (N,): how far features (N, width) are from the training images, whose mean and
-    standard deviation (width,) are given.
+def distance(z):
+    """float32 (N,): how far features (N, width), standardised as those of training, are from them.
 
-    The root mean square over the features of (feature - mean) / std: about 1 for a training image.
+    The root mean square over the features: about 1 for a training image.
     """
-    return ((features - mean) / std).square().mean(1).sqrt()
+    return z.square().mean(1).sqrt()
 
 
 Z = NormalDist().inv_cdf(0.975)  # 95 % of a normal distribution lie between -Z and Z deviations

@@ -226,9 +226,10 @@ def measure_unlike(features, training):
     weights only gross cases.
     """
     mean, std = (torch.tensor([float(x) for x in training[k].split()]) for k in ("mean", "std"))
-    unlike = common.distance(features, mean, std) / training["limit"]
+    z = (features - mean) / std
+    unlike = common.distance(z) / training["limit"]
     n, over = len(unlike), int((unlike > 1).sum())
-    square = ((features - mean) / std).mean(0).square().mean().item()
+    square = z.mean(0).square().mean().item()
     shift = math.sqrt(max(square - 1 / n, 0)) if n >= 20 else None
     p = scipy.stats.binomtest(over, n, 0.01, alternative="greater").pvalue
     elsewhere = bool(p < UNLIKE_P or (shift or 0) >= SHIFT)
@@ -1294,7 +1295,8 @@ def parse_args(argv=None):
              "with the model)")
     add("--prevalence", type=common.number(float, 1e-6, 1 - 1e-6), action="append", default=none,
         metavar="P",
-        help="share of PNEUMONIA elsewhere: what a result means there, beside the usual shares")
+        help="share of PNEUMONIA elsewhere, between 0 and 1, may be repeated: what a result means "
+             "there, beside the usual shares")
     add("--cam", type=Path, default=none, metavar="DIR",
         help="also write a class activation map of each image there, below --results-dir")
     add("--from", type=Path, default=none, dest="source", metavar="CSV",

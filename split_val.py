@@ -711,7 +711,7 @@ def check(args):
 def parse_args(argv=None):
     parser = common.Parser("split_val.py", __doc__)
     none = argparse.SUPPRESS  # no "default: None" in the help
-    parser.set_defaults(per_class=None, link_from=None)
+    parser.set_defaults(per_class=None, link_from=None, json=None)
     common.add_flags(parser, "--data-dir", "--seed")
     verb = parser.add_mutually_exclusive_group()
     # fmt: off
@@ -723,7 +723,7 @@ def parse_args(argv=None):
     verb.add_argument("--undo", action="store_true", help="move val/ back into train/")
     verb.add_argument("--check", action="store_true",
         help="report what is wrong with the data; move nothing")
-    parser.add_argument("--json", type=Path, metavar="FILE",
+    parser.add_argument("--json", type=Path, default=none, metavar="FILE",
         help="with --check: the report for machines")
     # fmt: on
     args = parser.parse_args(argv)

@@ -343,10 +343,16 @@ def describe_features(views, val_features):
 
     views: float32 (N, n_views, width), of which the first is the image; val_features: (M, width).
     """
-    mean, std = Standardize(views[:, :1]).buffers()
-    limit = common.distance(val_features, mean, std).quantile(0.99).item()
-    in_a_line = (" ".join(f"{x:.4g}" for x in values.tolist()) for values in (mean, std))
-    return {**dict(zip(("mean", "std"), in_a_line, strict=True)), "limit": limit}
+    standardize = Standardize(views[:, :1])
+
+    def in_a_line(values):
+        return " ".join(f"{x:.4g}" for x in values.tolist())
+
+    return {
+        "mean": in_a_line(standardize.mean),
+        "std": in_a_line(standardize.std),
+        "limit": common.distance(standardize(val_features)).quantile(0.99).item(),
+    }
 
 
 def labels_of(images):

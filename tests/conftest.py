@@ -82,6 +82,18 @@ def data(split_phantoms, tmp_path):
     return Path(shutil.copytree(split_phantoms, tmp_path / "chestxrays"))
 
 
+@pytest.fixture
+def flags(tmp_path):
+    """flags(data, ...): for train.py and evaluate.py, on a tiny random network."""
+
+    def make(data, *more):
+        paths = ["--data-dir", data, "--checkpoint", tmp_path / "model.pth"]
+        paths += ["--results-dir", tmp_path / "results", "--cache-dir", tmp_path / "cache"]
+        return [str(flag) for flag in (*paths, "--device", "cpu", *more)]
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory):
     """The reference data, 300 train and 100 test images, extracted once; not to be changed."""

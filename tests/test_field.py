@@ -75,18 +75,6 @@ def phantom():
     return draw_phantom(np.random.default_rng(3), True, 300)
 
 
-@pytest.fixture
-def flags(tmp_path):
-    """flags(data, ...): for train.py and evaluate.py, on a tiny random network."""
-
-    def make(data, *more):
-        paths = ["--data-dir", data, "--checkpoint", tmp_path / "model.pth"]
-        paths += ["--results-dir", tmp_path / "results", "--cache-dir", tmp_path / "cache"]
-        return [str(flag) for flag in (*paths, "--device", "cpu", *more)]
-
-    return make
-
-
 TINY = "--arch", "tinynet", "--weights", "random", "--views", "2"
 
 

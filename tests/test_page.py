@@ -24,18 +24,6 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = "--arch", "tinynet", "--weights", "random", "--views", "2", "--lr", "0.1"
 
 
-@pytest.fixture
-def flags(tmp_path):
-    """flags(data, ...): for train.py and evaluate.py, results in tmp_path."""
-
-    def make(data, *more):
-        paths = ["--data-dir", data, "--checkpoint", tmp_path / "model.pth"]
-        paths += ["--results-dir", tmp_path / "results", "--cache-dir", tmp_path / "cache"]
-        return [str(flag) for flag in (*paths, "--device", "cpu", *more)]
-
-    return make
-
-
 class Page(html.parser.HTMLParser):
     """The texts of a page's table rows and paragraphs, and the sources of its pictures."""
 
