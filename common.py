@@ -1,59 +1,44 @@
 """What split_val.py, train.py and evaluate.py share: transforms, images and patients, the frozen
 network and its features, scores, and what every command line needs."""
 
-import argparse
 import contextlib
 import copy
-import csv
 import difflib
-import errno
 import hashlib
-import importlib.util
 import inspect
-import io
-import json
 import os
-import platform
 import re
 import signal
 import sys
-import tempfile
 import time
-import traceback
 import warnings
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
-from importlib import metadata
 from pathlib import Path, PurePosixPath
 from statistics import NormalDist
 from typing import NamedTuple
 
-try:
-    import numpy as np
-    import PIL.Image
-    import torch
-    import torch.distributed as dist
-    import torchvision
-    from PIL import ImageMode, ImageOps, PngImagePlugin, TiffImagePlugin
-    from torch import nn
-    from torch.fx.experimental.optimization import fuse
-    from torch.utils.data import DataLoader, Dataset
-    from torchvision.models import get_model, get_model_builder, get_model_weights, list_models
-    from torchvision.transforms import v2
-    from tqdm import tqdm
+import cxr  # noqa: F401  first: it says what to do where a package is missing
 
-    # imported where they are needed: a second of which most runs wait for nothing
-    for later in ("matplotlib", "pydicom", "scipy", "sklearn", "torchmetrics"):
-        if importlib.util.find_spec(later) is None:
-            raise ImportError(f"No module named {later!r}")
-except Exception as error:  # a package is missing, or is not for the version of another
-    script = Path(sys.argv[0]).name
-    remedy = f"make install, then .venv/bin/python {script}"
-    print(f"{script}: {' '.join(str(error).split())}; {remedy}", file=sys.stderr)
-    sys.exit(2)
+# isort: split
+import numpy as np
+import PIL.Image
+import torch
+import torch.distributed as dist
+import torchvision
+from torch import nn
+from torch.fx.experimental.optimization import fuse
+from torch.utils.data import DataLoader, Dataset
+from torchvision.models import get_model, get_model_builder, get_model_weights, list_models
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from cxr.decode import explain_unreadable, is_dicom, open_dicom, open_image, open_picture, stretch
+from cxr.errors import SHOWN, Failure, is_no_fault_of_the_file, progress, rank_and_world, warn
+from cxr.files import hash_file, read_csv, read_json, replacing
 
 # ---------------------------------------------------------------- transforms
 
@@ -100,13 +85,7 @@ def make_view(image, number, digest):
 
 JPEGS = ".jfif", ".jpe", ".jpeg", ".jpg"
 SUFFIXES = {*JPEGS, ".bmp", ".dcm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-FORMATS = "BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP"  # others Pillow may hand to other programs
 JUNK = "Thumbs.db", "desktop.ini"  # that operating systems leave in folders
-MODALITIES = "CR", "DX", "RG"  # of a radiograph in DICOM
-MAX_PIXELS = 50_000_000  # more is a decompression bomb; radiographs reach about 20 million
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a long text is no bad picture
-# white is 0, big-endian, 16 bits: Pillow knows it little-endian only
-TiffImagePlugin.OPEN_INFO[(b"MM", 0, (1,), 1, (16,), ())] = ("I;16B", "I;16B")
 # of NORMAL and PNEUMONIA; Okabe & Ito, told apart by the colour-blind
 COLOURS = "#0072B2", "#D55E00"
 SPLITS = "train", "val", "test"
@@ -242,16 +221,6 @@ def read_split(data_dir, *splits, rows=None):
     return found
 
 
-def hash_file(path):
-    """SHA-256 of a file's content in hex, "" where there is none, as behind a link to nothing."""
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError as error:
-        if is_no_fault_of_the_file(error):
-            raise
-        return ""
-
-
 def read_metadata(data_dir):
     """{path: row} of DIR/metadata.csv for the images in train/, val/ and test/, {} without one.
 
@@ -328,10 +297,6 @@ def patient_of(name, cautious=False):
     return None
 
 
-def is_dicom(start):
-    return start[128:132] == b"DICM"
-
-
 def dicom_patient(path):
     """The hash of a DICOM file's PatientID, which itself belongs in no report; else None."""
     try:
@@ -349,156 +314,9 @@ def dicom_patient(path):
     return f"ID-{hashlib.sha256(patient.encode()).hexdigest()[:12]}" if patient else None
 
 
-class Scan(NamedTuple):
-    """A decoded radiograph, and what its file is."""
-
-    grey: PIL.Image.Image  # upright; mode L, or F where a pixel has more bits than 8
-    size: tuple  # width and height of the file, pixels
-    mode: str  # L, RGB, I;16, MONOCHROME1, ...
-    bits: int  # a pixel
-    format: str  # JPEG, DICOM, ...
-    quality: int  # of a JPEG, 1 to 100 as libjpeg counts, else 0
-
-
-def open_image(source):
-    """The Scan at `source`, a path or the bytes of a file: here, and only here, files are decoded.
-
-    A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size (libjpeg's scaled DCT), never below SIZE.
-    Raises OSError or ValueError with the reason, rather than give a picture that is not the file's.
-    """
-    content = source if isinstance(source, bytes) else Path(source).read_bytes()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd metadata; damaged pixels raise
-        try:
-            scan = open_dicom(content) if is_dicom(content) else open_picture(content)
-        except AttributeError as error:
-            raise ValueError(f"a header that is not complete: {error}") from None
-    low, high = scan.grey.getextrema()
-    if low == high:
-        raise ValueError("one single grey level, no picture")
-    return scan
-
-
-def require_shape(width, height):
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{width}x{height} pixels, more than {MAX_PIXELS:,}")
-    if max(width, height) > 20 * min(width, height):
-        raise ValueError(f"{width}x{height} pixels, no radiograph's shape")
-
-
-UPRIGHT = dict(zip((2, 4, 8, 3, 6, 5, 7), PIL.Image.Transpose, strict=True))  # by orientation
-
-
-def open_picture(content):
-    """The Scan of what Pillow reads."""
-    with PIL.Image.open(io.BytesIO(content), formats=FORMATS) as image:
-        require_shape(*image.size)
-        mode, size, kind = image.mode, image.size, image.format
-        if mode == "1":
-            raise ValueError("a picture of two colours, expected grey levels")
-        bits = max(getattr(image, "tag_v2", {}).get(258, (8,)))  # of TIFF
-        how = [tile.args for tile in image.tile]  # to decode it: "RGB;16B", or PPM's ("RGB", 65535)
-        sixteen = bits > 8 or re.search(";16[BLN]", str(how)) or ("RGB", 65535) in how
-        if mode[0] not in "IF" and sixteen:
-            raise ValueError("16 bits a channel, of which 8 would be lost; save it as 16-bit grey")
-        if kind != "MPO" and (pages := getattr(image, "n_frames", 1)) > 1:
-            raise ValueError(f"{pages} pictures in one file, expected one")
-        tables = getattr(image, "quantization", None)
-        negative = kind == "TIFF" and mode[0] in "IF" and image.tag_v2.get(262) == 0
-        image.draft(None, (SIZE, SIZE))
-        grey = image.convert("F" if mode[0] in "IF" else "L")
-        if negative:  # Pillow turns 8 bits itself
-            grey = PIL.Image.fromarray(sum(grey.getextrema()) - np.asarray(grey))
-        with contextlib.suppress(Exception):  # no metadata makes a picture unreadable
-            grey = grey.transpose(UPRIGHT[image.getexif()[0x0112]])
-    about = ImageMode.getmode(mode)
-    bits = 8 * int(about.typestr[-1]) * len(about.bands)
-    return Scan(grey, size, mode, bits, kind, jpeg_quality(tables) if tables else 0)
-
-
-def jpeg_quality(tables):
-    """1 to 100 as libjpeg counts, from the quantisation tables; exact from 20 to 99."""
-    scale = 100 * sum(tables[min(tables)]) / 3685  # the sum of the luminance table at quality 50
-    return min(100, max(1, round(100 - scale / 2 if scale <= 100 else 5000 / scale)))
-
-
-def open_dicom(content):
-    """The Scan of a DICOM file: rescaled, in its VOI window, MONOCHROME1 turned (PS3.3 C.7.6.3)."""
-    import pydicom
-    from pydicom.pixels import apply_rescale, apply_voi_lut, get_decoder
-
-    file = pydicom.dcmread(io.BytesIO(content))
-    modality, mode = file.get("Modality") or "CR", file.get("PhotometricInterpretation")
-    if modality.upper() not in MODALITIES:
-        raise ValueError(f"DICOM of modality {modality}, expected {', '.join(MODALITIES)}")
-    if "PixelData" not in file:
-        raise ValueError("DICOM without a picture")
-    if (frames := int(file.get("NumberOfFrames") or 1)) > 1:
-        raise ValueError(f"{frames} pictures in one file, expected one")
-    if mode not in ("MONOCHROME1", "MONOCHROME2"):
-        raise ValueError(f"DICOM in {mode}, expected MONOCHROME1 or MONOCHROME2")
-    require_shape(file.Columns, file.Rows)
-    syntax = file.file_meta.TransferSyntaxUID
-    if not get_decoder(syntax).is_available:
-        packages = "pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
-        raise ValueError(f"DICOM in {syntax.name}: .venv/bin/pip install {packages}")
-    pixels = stored = file.pixel_array
-    with contextlib.suppress(Exception):  # a header that makes no sense
-        pixels = apply_rescale(stored, file)
-        seen = apply_voi_lut(pixels, file)
-        if ((seen > seen.min()) & (seen < seen.max())).mean() > 0.1:  # else it misses the film
-            pixels = seen
-    if mode == "MONOCHROME1":
-        pixels = 2**file.BitsStored - 1 - pixels.astype(np.float64)
-    if (padding := file.get("PixelPaddingValue")) is not None:
-        ends = sorted((padding, file.get("PixelPaddingRangeLimit", padding)))
-        outside = (stored >= ends[0]) & (stored <= ends[1])
-        if not outside.all():
-            pixels = np.where(outside, pixels[~outside].min(), pixels)
-    eight = file.BitsStored <= 8 and pixels.min() >= 0 and pixels.max() <= 255
-    grey = PIL.Image.fromarray(pixels.round().astype(np.uint8) if eight else np.float32(pixels))
-    return Scan(grey, (file.Columns, file.Rows), mode, file.BitsAllocated, "DICOM", 0)
-
-
-def stretch(image, window):
-    """The grey image, PIL mode L, stretched between two of its own grey levels.
-
-    An absolute grey level means nothing on a radiograph: exposure, export and windowing set it.
-    window: per cent of the pixels that turn black, and as many that turn white; 0 leaves an 8-bit
-    image as it is, and stretches one of 16 bits from its minimum to its maximum.
-    """
-    if image.mode == "L":
-        return ImageOps.autocontrast(image, cutoff=window) if window else image
-    pixels = np.asarray(image)
-    if not np.isfinite(pixels).all():
-        raise ValueError("pixels that are not finite")
-    low, high = np.percentile(pixels, (window, 100 - window))
-    pixels = ((pixels - low) / max(high - low, 1e-6) * 255).clip(0, 255)
-    return PIL.Image.fromarray(pixels.astype(np.uint8))  # not rounded, as autocontrast does not
-
-
 def load_image(source, window):
     """The radiograph as the network sees it: PIL, mode L, SIZE x SIZE; raises as open_image."""
-    return stretch(PREPARE(open_image(source).grey), window)
-
-
-def explain_unreadable(path, error):
-    """Why an image could not be read, in a few words."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(64).lstrip()
-    except OSError as failed:
-        return failed.strerror or str(failed)
-    if not start:
-        return "the file is empty"
-    if start.startswith(b"version https://git-lfs"):
-        return "a git-LFS pointer, not the image (git lfs pull)"
-    if start[:5].lower() in (b"<!doc", b"<html"):
-        return "a web page, not an image"
-    if isinstance(error, PIL.UnidentifiedImageError):
-        dicom = " (DICOM has DICM at byte 128)" * (Path(path).suffix.lower() == ".dcm")
-        return f"no image, or of an unknown format{dicom}"
-    return " ".join(str(error).split())[:150] or type(error).__name__
+    return stretch(PREPARE(open_image(source, SIZE).grey), window)
 
 
 # ---------------------------------------------------------------- network
@@ -706,12 +524,6 @@ class Views(Dataset):
             return i, zeros, explain_unreadable(path, error)
 
 
-def is_no_fault_of_the_file(error):
-    """Whether reading failed for want of memory, of permission, of what the system has."""
-    scarce = isinstance(error, OSError) and error.errno in RESOURCES
-    return scarce or isinstance(error, MemoryError | PermissionError)
-
-
 ZIP_ERRORS = zipfile.BadZipFile, zlib.error, NotImplementedError
 
 
@@ -887,13 +699,6 @@ def ignore_ctrl_c(_):
     sys.stderr = open(os.devnull, "w")  # a thread of multiprocessing would print a traceback
 
 
-def rank_and_world():
-    """(rank, number of processes) of torchrun, else (0, 1): a stray RANK must not drop images."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-
-
 def wait_for_all_ranks():
     """Returns when every rank has computed its share."""
     try:
@@ -912,7 +717,6 @@ def end_other_ranks():
         raise SystemExit(0)
 
 
-SHOWN = 5  # lines of one kind
 LOG_EVERY = 30  # seconds between two lines on the pass in a log file
 
 
@@ -1036,7 +840,7 @@ def fit_logistic(x, labels, offset, clusters):
 # ---------------------------------------------------------------- one number instead of a network
 
 
-def image_numbers(path):
+def image_numbers(path, size):
     """({name: float} of what one could go by without any network, grey PIL image mode L, its Scan).
 
     file size: bytes; width, height: pixels of the file; bits a pixel: 8 if grey, 24 if RGB; JPEG
@@ -1044,7 +848,7 @@ def image_numbers(path):
     sharpness, the mean absolute difference of vertical neighbours.
     Raises what open_image raises.
     """
-    scan = open_image(path)
+    scan = open_image(path, size)
     grey = stretch(scan.grey, 0 if scan.grey.mode == "L" else 2)
     pixels = np.asarray(grey, dtype=np.float32)
     numbers = {
@@ -1061,251 +865,3 @@ def image_numbers(path):
 
 
 # ---------------------------------------------------------------- errors, files, flags
-
-
-class Failure(Exception):
-    """What the user can mend, printed as one line. status: 2 input, 3 not finite, 4 resources."""
-
-    def __init__(self, message, status=2):
-        super().__init__(message)
-        self.status = status
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, handled wherever Ctrl-C is."""
-
-
-def terminate(*_):
-    if hasattr(signal, "SIGCHLD"):  # torch's handler would raise where workers end by SIGTERM, too
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    raise Terminated
-
-
-def progress(message):
-    """Prints at once; files come before the screen, so that nobody has to read on, as by `head`."""
-    with contextlib.suppress(BrokenPipeError):
-        print(message, flush=True)
-
-
-def warn(message):
-    if rank_and_world()[0] == 0:
-        print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
-FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # of a disk, or of what a file may take of it
-RESOURCES = *FULL, errno.EIO, errno.EAGAIN, errno.EMFILE, errno.ENFILE
-
-
-def run(command, args, script):
-    """The exit status of command(args); an error is one line, with --debug its traceback, too.
-
-    script: whose name the line begins with; sys.argv has another in a notebook.
-    """
-    if rank_and_world()[0]:
-        sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
-    for stream in (sys.stdout, sys.stderr):  # a file's name may be no text in their encoding
-        with contextlib.suppress(AttributeError):  # a notebook's own stream
-            stream.reconfigure(errors="backslashreplace")
-    before = None
-    with contextlib.suppress(ValueError):  # only the main thread may set a handler
-        before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        command(args)
-        sys.stdout.flush()
-        return 0
-    except (Failure, KeyboardInterrupt, MemoryError, OSError) as error:
-        status, message = explain(error, args)
-        if args.debug:
-            traceback.print_exc()
-        line = f"{script}: {' '.join(message.split())}"
-        print(line, file=sys.stderr, flush=True)
-        return status
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
-
-
-def explain(error, args):
-    """(exit status, message) of an error that is no bug."""
-    if isinstance(error, Failure):
-        return error.status, str(error)
-    if isinstance(error, KeyboardInterrupt):
-        kept = "interrupted; every file is whole, the old one or the new one"
-        return 143 if isinstance(error, Terminated) else 130, str(error) or kept
-    if isinstance(error, MemoryError):
-        remedy = "; try a smaller --batch-size or fewer --workers" if "batch_size" in args else ""
-        return 4, f"memory is full{remedy}"
-    if isinstance(error, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 4, "nobody reads the screen any more, as after `head`; each file written is whole"
-    message = f"{error.filename or 'a file'}: {error.strerror or error}"
-    if error.errno in FULL:
-        message += "; free some space, or write elsewhere"
-    return 4 if error.errno in RESOURCES else 2, message
-
-
-@contextlib.contextmanager
-def replacing(path, mode="wb", sync=True):
-    """A file that takes the place of `path` when it is whole; after an error path is as it was.
-
-    sync: on disk first, so that a power cut cannot leave less.
-    """
-    path = Path(path).resolve()  # where path is a link, the file that it points to is replaced
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    text = {} if "b" in mode else {"newline": "", "encoding": "utf-8"}
-    try:
-        with open(temporary, mode, **text) as file:
-            yield file
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if sync:
-            sync_folder(path.parent)
-    except OSError as error:
-        error.filename = str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync_folder(folder):
-    """Puts a folder's list of names on disk; that a network share cannot is no error."""
-    with contextlib.suppress(OSError):
-        file = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)
-
-
-def require_writable(*paths):
-    """A Failure, before the work, unless files can be written at `paths`; makes their folders."""
-    for path in paths:
-        if path.exists() and not path.is_file():
-            raise Failure(f"{path}: expected a file to write, found a folder or a device")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            tempfile.TemporaryFile(dir=path.parent).close()
-        except OSError as error:
-            error.filename = str(path.parent)  # not that of the trial
-            raise
-
-
-def checksum(content):
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
-
-
-def save_figure(path, figure, dpi):
-    with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=dpi)
-
-
-def versions(*packages):
-    """{name: version} of Python, of these installed packages and of the platform."""
-    found = {name: metadata.version(name) for name in packages}
-    return {"python": platform.python_version(), **found, "platform": platform.platform()}
-
-
-def read_csv(path, *required):
-    """(columns, [(number of the line, {column: text})]); a malformed file is a Failure."""
-    try:
-        reader = csv.reader(io.StringIO(path.read_text("utf-8-sig"), newline=""), strict=True)
-        table = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise Failure(f"{path}: not a CSV file in UTF-8 ({error})") from None
-    columns = table[0][1] if table else []
-    for name in required:
-        if name not in columns:
-            expected = f"row 1, column {name}: expected its name, and commas between columns"
-            raise Failure(
-                f"{path}, {expected}, found {', '.join(columns) or 'an empty file'!r:.60}"
-            )
-    rows = []
-    for number, row in table[1:]:
-        if len(row) > len(columns):
-            raise Failure(f"{path}, row {number}: {len(row)} cells for {len(columns)} columns")
-        rows.append((number, dict.fromkeys(columns, "") | dict(zip(columns, row, strict=False))))
-    return columns, rows
-
-
-def write_json(path, content):
-    """Writes a dict as JSON, with a checksum: a changed digit leaves JSON that looks right."""
-    with replacing(path, "w") as file:
-        json.dump({"checksum": checksum(content)} | content, file, indent=1, allow_nan=False)
-        file.write("\n")
-
-
-def read_json(path):
-    """The dict that write_json wrote, None where there is no file; any other file is a Failure."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if content.pop("checksum") == checksum(content):
-            return content
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        pass
-    raise Failure(f"{path}: damaged, or not written by this project; restore or delete it")
-
-
-class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the default behind every help text, and the docstring as it is."""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with one line for an error."""
-
-    def __init__(self, script, doc):
-        super().__init__(prog=script, description=doc, formatter_class=Formatter)
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
-def number(kind, low, high=float("inf")):
-    """An argparse type: a `kind` (int or float) from low to high."""
-
-    def convert(text):
-        value = kind(text)
-        if not low <= value <= high or value == float("inf"):
-            limit = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"expected a number {limit}, found {text}")
-        return value
-
-    convert.__name__ = kind.__name__
-    return convert
-
-
-# fmt: off
-FLAGS = {
-    "--data-dir": dict(type=Path, default="data/chestxrays", metavar="DIR",
-                       help="folder of train/, val/, test/"),
-    "--checkpoint": dict(type=Path, default="model.pth", metavar="FILE",
-                         help="the trained network"),
-    "--results-dir": dict(type=Path, default=Path("results"), metavar="DIR",
-                          help="folder for tables and pictures"),
-    "--device": dict(default="auto", metavar="NAME",
-                     help="auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps"),
-    "--batch-size": dict(type=number(int, 1, 100_000), default=32, metavar="N",
-                         help="views at once in the network (CPU: at most 16), images in training"),
-    "--workers": dict(type=number(int, -1, 1000), default=-1, metavar="N",
-                      help="processes that decode images (0 = none, -1 = by images and cores)"),
-    "--seed": dict(type=number(int, 0, 2**32 - 1), default=0, metavar="N",
-                   help="seed of every random choice"),
-    "--cache-dir": dict(type=Path, default=".cache/features", metavar="DIR",
-                        help="folder that keeps features"),
-    "--no-cache": dict(action="store_true", help="neither read nor keep features"),
-    "--skip-bad": dict(action="store_true",
-                       help="leave unreadable images out, and list them, instead of stopping"),
-    "--debug": dict(action="store_true", help="show the traceback of an error"),
-}
-# fmt: on
-RUN_FLAGS = tuple(FLAGS)[:-1]  # all of them, for a script with a network
-
-
-def add_flags(parser, *names):
-    """Adds the flags that mean the same in every script."""
-    for name in (*names, "--debug"):
-        parser.add_argument(name, **FLAGS[name])

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import common  # first: it says what to do where a package is missing
-from common import CLASSES, COLOURS, Failure, Film, Z, proportion, replacing
+from common import CLASSES, COLOURS, Film, Z, proportion
 
 # isort: split
 import numpy as np
@@ -36,6 +36,19 @@ import torch
 import torchmetrics.functional.classification as tm
 from scipy.special import expit, logit
 from torch import nn
+
+from cxr.cli import FLAGS, RUN_FLAGS, Parser, add_flags, number, run
+from cxr.errors import SHOWN, Failure, warn
+from cxr.files import (
+    hash_file,
+    read_csv,
+    read_json,
+    replacing,
+    require_writable,
+    save_figure,
+    versions,
+    write_json,
+)
 
 PROPORTIONS = ("accuracy", "sensitivity", "specificity", "ppv", "npv")
 COMPARED = ("accuracy", "f1", "auroc")
@@ -80,14 +93,14 @@ def load_model(path, device_name, arch=None):
     arch: the network of such a state dict, None for what model.json says, or a resnet50.
     """
     state, about = common.read_checkpoint(path), path.with_suffix(".json")
-    info, doubts = common.read_json(about), []
+    info, doubts = read_json(about), []
     if info is None:
         info = {"arch": arch or "resnet50"}
         taken = f"taken for a {info['arch']} (--arch), threshold 0.5, no window"
         doubts.append(f"no {about} beside {path.name}: {taken}")
     elif "arch" not in info:
         raise Failure(f"{about}: not about a model; restore or delete it")
-    elif info.get("sha256") != common.hash_file(path):
+    elif info.get("sha256") != hash_file(path):
         info = {key: info[key] for key in ("arch", "window") if key in info}
         differs = "(its SHA-256 differs): only its arch and window are used"
         doubts.append(f"{about} DOES NOT BELONG to this {path.name} {differs}")
@@ -119,7 +132,7 @@ def load_model(path, device_name, arch=None):
 def describe_model(path, info):
     """What metrics.json says about the model; info: what model.json says."""
     keys = "weights date epoch seed val_loss val_accuracy slope intercept window threshold_rule"
-    about = {"file": str(path), "sha256": common.hash_file(path), "arch": info["arch"]}
+    about = {"file": str(path), "sha256": hash_file(path), "arch": info["arch"]}
     about |= {key: info.get(key) for key in (*keys.split(), "at_threshold")}
     images = {split: len(found) for split, found in info.get("images", {}).items()}
     return about | {"images": images, "skipped": info.get("skipped", [])}
@@ -256,22 +269,22 @@ def read_predictions(path):
         where = f"{path}, row {row}, column {column}"
         return Failure(f"{where}: expected {expected}, found {found!r:.60}")
 
-    columns, rows = common.read_csv(path, *COLUMNS[:3])
+    columns, rows = read_csv(path, *COLUMNS[:3])
     found = {}
-    for number, row in rows:
+    for line, row in rows:
         name, label, prob, _, error, unlike, patient = (row.get(key, "") for key in COLUMNS)
         if not name or name in found:
-            raise wrong(number, "file", "a name that no other row has", name)
+            raise wrong(line, "file", "a name that no other row has", name)
         if label not in CLASSES:
-            raise wrong(number, "label", " or ".join(CLASSES), label)
+            raise wrong(line, "label", " or ".join(CLASSES), label)
         try:
             prob = math.nan if error else probability(prob)
         except (ValueError, argparse.ArgumentTypeError):
-            raise wrong(number, "probability", "a number from 0 to 1", prob) from None
+            raise wrong(line, "probability", "a number from 0 to 1", prob) from None
         try:
             unlike = float(unlike or math.nan)
         except ValueError:
-            raise wrong(number, "unlike", "a number", unlike) from None
+            raise wrong(line, "unlike", "a number", unlike) from None
         if "patient" not in columns:
             patient = common.patient_of(Path(name).name)
         about = {key: row[key] for key in columns if key not in COLUMNS and row[key]}
@@ -636,7 +649,7 @@ def read_numbers(images):
 
     def numbers_or_none(path):
         try:
-            return common.image_numbers(path)[0]
+            return common.image_numbers(path, common.SIZE)[0]
         except Exception:  # damaged files make decoders raise nearly anything
             return None
 
@@ -820,10 +833,10 @@ def draw_pictures(folder, table, report):
         for draw in draws:
             figure = Figure((5, 4.6), layout="constrained")
             draw(figure.add_subplot())
-            save_figure(folder / f"{draw.__name__.removeprefix('draw_')}.png", figure, report)
+            save_with_caption(folder / f"{draw.__name__.removeprefix('draw_')}.png", figure, report)
 
 
-def save_figure(path, figure, report, dpi=120):
+def save_with_caption(path, figure, report, dpi=120):
     """With a caption: whose images and which network."""
     about = report["model"] or {}
     parts = (Path(about.get("file") or "unknown model").name, about.get("arch"), about.get("date"))
@@ -831,7 +844,7 @@ def save_figure(path, figure, report, dpi=120):
     caption = f"{images}; {', '.join(part for part in parts if part)}\n"
     caption += f"threshold {report['threshold']:.3g} ({report['threshold_from']})"
     figure.supxlabel(caption, fontsize=7, color="dimgrey", parse_math=False)
-    common.save_figure(path, figure, dpi)
+    save_figure(path, figure, dpi)
 
 
 def draw_worst(path, model, images, table, report):
@@ -861,7 +874,7 @@ def draw_worst(path, model, images, table, report):
             f"{images[i].path.name:.34}\n{CLASSES[images[i].label]}, P(PNEUMONIA) {probs[i]:.3f}"
         )
         left.set_title(about, fontsize=7, loc="left", parse_math=False)
-    save_figure(path, figure, report, dpi=90)  # the page holds it
+    save_with_caption(path, figure, report, dpi=90)  # the page holds it
 
 
 # ---------------------------------------------------------------- the screen
@@ -941,8 +954,8 @@ def findings(report):
     if group := report["unlike"]:
         shift = f"; all are shifted by {group['shift'] or 0:.2f} deviations, {SHIFT} would be much"
         shift = "" if group["shift"] is None else shift
-        names = ", ".join(group["files"][: common.SHOWN])
-        more = ", ..." * (len(group["files"]) > common.SHOWN)
+        names = ", ".join(group["files"][:SHOWN])
+        more = ", ..." * (len(group["files"]) > SHOWN)
         counted = f"{group['over']} of {group['n']}, 1 in 100 expected{shift}"
         yield "Images unlike those of training", [f"{counted}{': ' * bool(names)}{names}{more}"]
     if numbers and "none" in numbers:
@@ -1097,7 +1110,7 @@ def summarise(report, table, args):
         "calibration": measure_calibration(readable, report["model"] or {}),
         "warnings": list(dict.fromkeys(report["warnings"] + below_chance(metrics["auroc"]))),
         "comparison": compare(args, readable, threshold, args.seed) if args.compare else None,
-        "versions": common.versions(*PACKAGES),
+        "versions": versions(*PACKAGES),
     }
 
 
@@ -1123,7 +1136,7 @@ def below_chance(auroc):
 
 def write_report(folder, report, table, pictures):
     write_predictions(folder / "predictions.csv", table, report["threshold"])
-    common.write_json(folder / "metrics.json", report)
+    write_json(folder / "metrics.json", report)
     draw_pictures(folder, table.readable(), report)
     write_page(folder, report, pictures)
 
@@ -1158,7 +1171,7 @@ def score_split(args):
     print(f"Written: report.html, metrics.json, predictions.csv and pictures in {args.results_dir}")
     print(f"The page to read and to send on: {args.results_dir / 'report.html'}")
     for warning in report["warnings"]:
-        common.warn(warning)
+        warn(warning)
 
 
 def require_test(args):
@@ -1191,7 +1204,7 @@ def classify(args):
         odd = f", unlike the training images ({far:.2g})" if far > 1 else ""
         print(f"{name:{width}}  {shown:>12}  {error or CLASSES[int(prob > threshold)]}{odd}")
     for warning in model.warnings + warn_of_elsewhere(unlike):
-        common.warn(warning)
+        warn(warning)
     if args.cam:
         readable = [image for row, image in enumerate(images) if row not in bad]
         write_overlays(args.cam, model, readable, table.readable())
@@ -1211,14 +1224,14 @@ def named_images(paths):
                 expected = f"holds class folders, name these: {' '.join(classes)}; {expected}"
             raise Failure(f"{path}: {expected}, found none")
         found += inside
-    return [Film(path, None, common.hash_file(path)) for path in found]
+    return [Film(path, None, hash_file(path)) for path in found]
 
 
 def report_beside(path):
     """The metrics.json beside a predictions.csv, {} where there is none or the name is another."""
     if path.name != "predictions.csv":
         return {}
-    return common.read_json(path.with_name("metrics.json")) or {}
+    return read_json(path.with_name("metrics.json")) or {}
 
 
 def score_again(args):
@@ -1245,12 +1258,12 @@ def score_again(args):
     if args.results_dir:
         print(f"Written: all but worst.png, for want of the images, in {args.results_dir}")
     for warning in report["warnings"]:
-        common.warn(warning)
+        warn(warning)
 
 
 def require_outputs(args, model, *names):
     """A Failure, before the work, where what is to be written cannot be."""
-    common.require_writable(*(args.results_dir / name for name in names))
+    require_writable(*(args.results_dir / name for name in names))
     if not args.cam:
         return
     splits = [args.data_dir / split for split in ("train", "val", "test")]
@@ -1263,7 +1276,7 @@ def require_outputs(args, model, *names):
     if class_maps(model, noise) is None:
         ending = f"{model.info['arch']} does not end in global average pooling and one Linear"
         raise Failure(f"--cam: {ending}, so that it has no maps; leave --cam out")
-    common.require_writable(args.cam / "map.png")
+    require_writable(args.cam / "map.png")
 
 
 # ---------------------------------------------------------------- command line
@@ -1278,11 +1291,11 @@ def probability(text):
 
 
 def parse_args(argv=None):
-    parser = common.Parser("evaluate.py", __doc__)
+    parser = Parser("evaluate.py", __doc__)
     add, none = parser.add_argument, argparse.SUPPRESS  # SUPPRESS: no "default: None" in the help
     parser.set_defaults(images=[], threshold=None, cam=None, source=None, compare=None, arch=None)
     parser.set_defaults(split=None, prevalence=[])
-    common.add_flags(parser, *common.RUN_FLAGS)
+    add_flags(parser, *RUN_FLAGS)
     # fmt: off
     add("images", nargs="*", type=Path, default=none, metavar="FILE_OR_FOLDER",
         help="classify these, not a split")
@@ -1293,7 +1306,7 @@ def parse_args(argv=None):
     add("--threshold", type=probability, default=none, metavar="T",
         help="P(PNEUMONIA) above which an image is PNEUMONIA, 0 to 1 (default: the one stored "
              "with the model)")
-    add("--prevalence", type=common.number(float, 1e-6, 1 - 1e-6), action="append", default=none,
+    add("--prevalence", type=number(float, 1e-6, 1 - 1e-6), action="append", default=none,
         metavar="P",
         help="share of PNEUMONIA elsewhere, between 0 and 1, may be repeated: what a result means "
              "there, beside the usual shares")
@@ -1319,7 +1332,7 @@ def parse_args(argv=None):
     for name in ("source", "compare"):
         if (path := getattr(args, name)) and path.is_dir():
             setattr(args, name, path / "predictions.csv")
-    if args.source and args.results_dir is common.FLAGS["--results-dir"]["default"]:
+    if args.source and args.results_dir is FLAGS["--results-dir"]["default"]:
         args.results_dir = None  # not given: --from only prints
     return args
 
@@ -1327,7 +1340,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     command = score_again if args.source else classify if args.images else score_split
-    return common.run(command, args, "evaluate.py")
+    return run(command, args, "evaluate.py")
 
 
 if __name__ == "__main__":

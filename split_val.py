@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import common  # first: it says what to do where a package is missing
-from common import CLASSES, METADATA, SPLIT_FILE, Failure, warn
+from common import CLASSES, METADATA, SPLIT_FILE
 
 # isort: split
 import numpy as np
@@ -33,6 +33,10 @@ try:
     import fcntl
 except ImportError:  # Windows: no lock, run one split_val.py at a time
     fcntl = None
+from cxr.cli import Parser, add_flags, number, run
+from cxr.decode import explain_unreadable
+from cxr.errors import Failure, is_no_fault_of_the_file, warn
+from cxr.files import read_json, require_writable, sync_folder, write_json
 
 # ---------------------------------------------------------------- the choice of patients
 
@@ -168,7 +172,7 @@ def move(data_dir, moves):
             raise
         raise Failure(f"{new}: on another file system than {old}; put both on one") from None
     for folder in list_folders(data_dir):
-        common.sync_folder(folder)
+        sync_folder(folder)
 
 
 @contextlib.contextmanager
@@ -230,7 +234,7 @@ def split(args):
     if args.link_from:
         link_images(data_dir, args.link_from)
     with lock(data_dir):
-        record, val = common.read_json(path), list_val(data_dir)
+        record, val = read_json(path), list_val(data_dir)
         if record is None and any(val.values()):
             keep_foreign(data_dir, val)
             return
@@ -243,7 +247,7 @@ def split(args):
             print(f"{data_dir}: already split, {count(val)} images in val/ ({seed}); nothing moved")
             return
         if record is None:
-            common.write_json(path, plan)
+            write_json(path, plan)
         move(data_dir, moves)
     what = f"{count(plan['moved'])} images of {plan['patients']} patients"
     print(f"Moved {what} from {data_dir / 'train'} to {data_dir / 'val'} (seed {plan['seed']})")
@@ -269,7 +273,7 @@ def undo(args):
     """Moves val/ back, removes the folders that this empties, and last of all the record."""
     data_dir, path = args.data_dir, args.data_dir / SPLIT_FILE
     with lock(data_dir):
-        record, val = common.read_json(path), list_val(data_dir)
+        record, val = read_json(path), list_val(data_dir)
         if record is None and not any(val.values()):
             print(f"{data_dir}: nothing to undo")
             return
@@ -279,7 +283,7 @@ def undo(args):
             with contextlib.suppress(OSError):  # not there, or not empty: what else is in it stays
                 folder.rmdir()
         path.unlink(missing_ok=True)
-        common.sync_folder(data_dir)
+        sync_folder(data_dir)
         left = sum(map(len, list_val(data_dir).values()))
     print(f"Moved {len(moves)} images back from {data_dir / 'val'} to {data_dir / 'train'}")
     if left:
@@ -308,12 +312,12 @@ def look_at(image):
     split, name = path.parts[-3:-1]
     file = f"{split}/{name}/{path.name}"
     try:
-        numbers, grey, scan = common.image_numbers(path)
+        numbers, grey, scan = common.image_numbers(path, common.SIZE)
         properties = "{}x{}".format(*scan.size), scan.mode, scan.format
     except Exception as error:  # damaged files make decoders raise nearly anything
-        if common.is_no_fault_of_the_file(error):
+        if is_no_fault_of_the_file(error):
             raise
-        return file, common.explain_unreadable(path, error)
+        return file, explain_unreadable(path, error)
     return Xray(
         file=file,
         folder=f"{split}/{name}",
@@ -695,12 +699,12 @@ def check(args):
     if args.json and args.json.name == SPLIT_FILE:
         raise Failure(f"--json {args.json}: this is the name of the split's record; choose another")
     if args.json:
-        common.require_writable(args.json)
+        require_writable(args.json)
     with lock(args.data_dir):
         report = examine(args.data_dir)
     print_report(report)
     if args.json:
-        common.write_json(args.json, report)
+        write_json(args.json, report)
     if report["errors"]:
         raise Failure(f"{args.data_dir}: {len(report['errors'])} errors in the data, listed above")
 
@@ -709,13 +713,13 @@ def check(args):
 
 
 def parse_args(argv=None):
-    parser = common.Parser("split_val.py", __doc__)
+    parser = Parser("split_val.py", __doc__)
     none = argparse.SUPPRESS  # no "default: None" in the help
     parser.set_defaults(per_class=None, link_from=None, json=None)
-    common.add_flags(parser, "--data-dir", "--seed")
+    add_flags(parser, "--data-dir", "--seed")
     verb = parser.add_mutually_exclusive_group()
     # fmt: off
-    parser.add_argument("--per-class", type=common.number(int, 1), default=none, metavar="N",
+    parser.add_argument("--per-class", type=number(int, 1), default=none, metavar="N",
         help="images of each class to move into val/ (default: a third of the smaller class, at "
              "most 50)")
     parser.add_argument("--link-from", type=Path, default=none, metavar="DIR",
@@ -736,7 +740,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    return common.run(check if args.check else undo if args.undo else split, args, "split_val.py")
+    return run(check if args.check else undo if args.undo else split, args, "split_val.py")
 
 
 if __name__ == "__main__":

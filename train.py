@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import common  # first: it says what to do where a package is missing
-from common import CLASSES, Failure, replacing, warn
+from common import CLASSES
 
 # isort: split
 import numpy as np
@@ -37,6 +37,10 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchvision.models import get_model_weights
 from tqdm import tqdm
+
+from cxr.cli import RUN_FLAGS, Parser, add_flags, number, run
+from cxr.errors import FULL, Failure, warn
+from cxr.files import hash_file, replacing, require_writable, save_figure, versions, write_json
 
 # ---------------------------------------------------------------- weights
 
@@ -74,12 +78,12 @@ def imagenet_file(arch):
         try:
             torch.hub.download_url_to_file(url, str(path), sha256, sys.stderr.isatty())
         except DOWNLOAD_ERRORS as error:
-            status = 4 if isinstance(error, OSError) and error.errno in common.FULL else 2
+            status = 4 if isinstance(error, OSError) and error.errno in FULL else 2
             failed = f"cannot download the ImageNet weights ({error})"
             raise Failure(f"{failed}: try again, {by_hand}", status) from None
         finally:
             socket.setdefaulttimeout(timeout)
-    if not common.hash_file(path).startswith(sha256):
+    if not hash_file(path).startswith(sha256):
         raise Failure(
             f"{path}: its SHA-256 is not that of the published file; delete it, {by_hand}"
         )
@@ -321,7 +325,7 @@ def prepare(args, *outputs):
         splits.remove("val")  # cross-validation needs none
     found = {"val": []} | common.read_split(args.data_dir, *splits)
     backbone = common.build_backbone(args.arch, *load_weights(args))
-    common.require_writable(*outputs)
+    require_writable(*outputs)
     return device, dtype, found, backbone
 
 
@@ -368,7 +372,7 @@ def save_checkpoint(path, backbone, head, about):
     torch.save(state, buffer)
     with replacing(path) as file:
         file.write(buffer.getbuffer())
-    common.write_json(path.with_suffix(".json"), about | {"sha256": common.hash_file(path)})
+    write_json(path.with_suffix(".json"), about | {"sha256": hash_file(path)})
 
 
 def score_shares(positive, labels, images):
@@ -405,7 +409,7 @@ def describe(args, backbone, best, heads, images, skipped):
         "seed": args.seed,
         "seeds": [{name: getattr(each, name) for name in scores} for each in heads],
         "flags": {name: plain(value) for name, value in vars(args).items()},
-        "versions": common.versions("torch", "torchvision", "pillow"),
+        "versions": versions("torch", "torchvision", "pillow"),
         "date": time.strftime("%Y-%m-%d %H:%M:%S%z"),
         "images": {name: {below(i): i.digest for i in found} for name, found in images.items()},
         "skipped": [below(image) for image in skipped],
@@ -440,7 +444,7 @@ def draw_curves(path, history, best_epoch):
         ax.axvline(best_epoch, color="grey", ls=":", label=f"best epoch, {best_epoch}")
         ax.grid(alpha=0.3)
     axes[0].legend()
-    common.save_figure(path, figure, 100)
+    save_figure(path, figure, 100)
 
 
 def draw_samples(path, images, args):
@@ -559,7 +563,7 @@ def cross_validate(args):
     epochs = summary(epochs) | {"single_split": single.get("epoch")}
     print_cross_validation(metrics, epochs, len(labels), args)
     about = {"folds": args.folds, "repeats": args.repeats, "n": len(labels)}
-    common.write_json(path, about | {"metrics": metrics, "epochs": epochs})
+    write_json(path, about | {"metrics": metrics, "epochs": epochs})
     write_doubtful(table, sheet, probs, labels, images, args)
     print(f"Wrote {path}, {table.name} and {sheet.name}; the test images were not opened")
 
@@ -590,7 +594,7 @@ def write_doubtful(table, sheet, probs, labels, images, args):
         ax.imshow(common.load_image(images[row].path, args.window), cmap="gray", vmin=0, vmax=255)
         told = f"label {CLASSES[images[row].label]}, held out P {mean[row]:.2f}"
         ax.set_title(f"{images[row].path.name:.34}\n{told}", fontsize=7, parse_math=False)
-    common.save_figure(sheet, figure, 110)
+    save_figure(sheet, figure, 110)
 
 
 def print_cross_validation(metrics, epochs, n, args):
@@ -614,9 +618,9 @@ def print_cross_validation(metrics, epochs, n, args):
 
 
 def parse_args(argv=None):
-    parser = common.Parser("train.py", __doc__)
-    common.add_flags(parser, *common.RUN_FLAGS)
-    add, number = parser.add_argument, common.number
+    parser = Parser("train.py", __doc__)
+    add_flags(parser, *RUN_FLAGS)
+    add = parser.add_argument
     # fmt: off
     add("--arch", default="resnet50", metavar="NAME",
         help="a torchvision classifier that ends in a Linear")
@@ -716,7 +720,7 @@ def train(args):
 
 def main(argv=None):
     args = parse_args(argv)
-    return common.run(cross_validate if args.folds else train, args, "train.py")
+    return run(cross_validate if args.folds else train, args, "train.py")
 
 
 if __name__ == "__main__":

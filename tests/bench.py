@@ -24,6 +24,8 @@ from PIL import Image
 from torch import nn
 from torchvision.models import resnet50
 
+import cxr.decode
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
@@ -210,7 +212,7 @@ def bench_decoding(folder):
 
         def decode_whole(paths=paths):
             for path in paths:
-                common.stretch(common.PREPARE(Image.open(path).convert("L")), WINDOW)
+                cxr.decode.stretch(common.PREPARE(Image.open(path).convert("L")), WINDOW)
 
         def decode(paths=paths):
             for path in paths:

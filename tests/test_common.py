@@ -16,6 +16,9 @@ from PIL import Image, ImageOps
 from torchvision import transforms
 
 import common
+import cxr.decode
+import cxr.errors
+import cxr.files
 
 ROOT = Path(__file__).resolve().parent.parent
 TO_TENSOR = transforms.Compose(
@@ -86,7 +89,7 @@ def test_a_rotated_photograph_is_turned_upright(phantom, tmp_path):
 def test_a_large_jpeg_is_decoded_small_but_never_below_what_the_network_sees(tmp_path):
     large = draw_phantom(np.random.default_rng(1), False, 1000)
     large.save(tmp_path / "a.jpeg", quality=90)
-    assert common.open_image(tmp_path / "a.jpeg").grey.size == (250, 250)
+    assert cxr.decode.open_image(tmp_path / "a.jpeg", 224).grey.size == (250, 250)
     plain = large.resize((224, 224), Image.Resampling.BILINEAR)
     assert np.abs(grey(common.load_image(tmp_path / "a.jpeg", 0)) - grey(plain)).mean() < 2
 
@@ -94,7 +97,7 @@ def test_a_large_jpeg_is_decoded_small_but_never_below_what_the_network_sees(tmp
 def test_no_format_is_tried_that_pillow_hands_to_another_program(tmp_path):
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
     with pytest.raises(OSError, match="cannot identify"):
-        common.open_image(tmp_path / "a.png")
+        cxr.decode.open_image(tmp_path / "a.png", 224)
 
 
 def test_views_are_the_image_its_mirror_image_and_fixed_small_changes(phantom):
@@ -164,14 +167,14 @@ def test_on_cuda_what_is_scored_is_not_rounded_to_tf32(monkeypatch):
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "mps", "gpu", "cuda:x", ""])
 def test_a_device_that_is_absent_is_refused(monkeypatch, name):
     Machine(monkeypatch)
-    with pytest.raises(common.Failure, match="--device"):
+    with pytest.raises(cxr.errors.Failure, match="--device"):
         common.pick_device(name)
 
 
 def test_the_last_gpu_exists_and_the_one_after_does_not(monkeypatch):
     Machine(monkeypatch, cuda=2)
     assert common.pick_device("cuda:1")[0].index == 1
-    with pytest.raises(common.Failure, match="2 found"):
+    with pytest.raises(cxr.errors.Failure, match="2 found"):
         common.pick_device("cuda:2")
 
 
@@ -345,7 +348,7 @@ def test_a_rank_that_is_not_torchrun_s_is_ignored(backbone, images, monkeypatch)
 def test_an_output_that_is_not_finite_is_refused_with_3(images):
     backbone = common.build_backbone("tinynet")
     backbone.network.conv.weight.data.fill_(float("inf"))
-    with pytest.raises(common.Failure, match="not finite") as caught:
+    with pytest.raises(cxr.errors.Failure, match="not finite") as caught:
         extract(backbone, images, 1)
     assert caught.value.status == 3
 
@@ -373,24 +376,24 @@ def test_names_tell_the_patient():
 
 def test_json_that_was_changed_or_comes_from_elsewhere_is_refused_by_name(tmp_path):
     path = tmp_path / "a.json"
-    assert common.read_json(path) is None
-    common.write_json(path, {"threshold": 0.5, "images": {"a": "b"}})
-    assert common.read_json(path) == {"threshold": 0.5, "images": {"a": "b"}}
+    assert cxr.files.read_json(path) is None
+    cxr.files.write_json(path, {"threshold": 0.5, "images": {"a": "b"}})
+    assert cxr.files.read_json(path) == {"threshold": 0.5, "images": {"a": "b"}}
     for text in (path.read_text().replace("0.5", "0.6"), '{"threshold": 0.5}', "[]", "", "\0"):
         path.write_text(text)
-        with pytest.raises(common.Failure, match=r"a\.json"):
-            common.read_json(path)
+        with pytest.raises(cxr.errors.Failure, match=r"a\.json"):
+            cxr.files.read_json(path)
 
 
 def test_a_written_file_takes_its_place_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with contextlib.suppress(KeyError), common.replacing(path, "w") as file:
+    with contextlib.suppress(KeyError), cxr.files.replacing(path, "w") as file:
         file.write("half")
         raise KeyError
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
     (tmp_path / "link.txt").symlink_to(path)
-    with common.replacing(tmp_path / "link.txt", "w") as file:
+    with cxr.files.replacing(tmp_path / "link.txt", "w") as file:
         file.write("new")
     assert path.read_text() == "new" and (tmp_path / "link.txt").is_symlink()
 
@@ -398,7 +401,7 @@ def test_a_written_file_takes_its_place_whole_or_not_at_all(tmp_path):
 def test_the_numbers_of_an_image_are_those_of_its_file(tmp_path):
     pixels = np.tile(np.arange(100, dtype=np.uint8)[:, None], (1, 60))
     Image.fromarray(pixels).convert("RGB").save(tmp_path / "a.jpeg", quality=83, subsampling=0)
-    numbers, picture, scan = common.image_numbers(tmp_path / "a.jpeg")
+    numbers, picture, scan = common.image_numbers(tmp_path / "a.jpeg", 224)
     assert (numbers["width"], numbers["height"]) == scan.size == (60, 100)
     assert numbers["bits a pixel"] == 24 and scan.format == "JPEG" and numbers["JPEG quality"] == 83
     assert numbers["file size"] == (tmp_path / "a.jpeg").stat().st_size
@@ -407,7 +410,7 @@ def test_the_numbers_of_an_image_are_those_of_its_file(tmp_path):
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "png")
     (tmp_path / "a.png").write_bytes(buffer.getvalue())
-    numbers, _, scan = common.image_numbers(tmp_path / "a.png")
+    numbers, _, scan = common.image_numbers(tmp_path / "a.png", 224)
     assert (numbers["bits a pixel"], numbers["JPEG quality"], scan.format) == (8, 0, "PNG")
 
 

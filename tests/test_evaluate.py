@@ -23,6 +23,7 @@ from torch import nn
 from torchvision.models import get_model
 
 import common
+import cxr.files
 import evaluate
 import train
 from common import CLASSES
@@ -95,8 +96,8 @@ def remake(trained, tmp_path):
     def make(state=None, **about):
         path = tmp_path / "model.pth"
         torch.save(torch.load(trained / "model.pth") | (state or {}), path)
-        known = read_json(trained / "model.json") | {"sha256": common.hash_file(path)} | about
-        common.write_json(path.with_suffix(".json"), known)
+        known = read_json(trained / "model.json") | {"sha256": cxr.files.hash_file(path)} | about
+        cxr.files.write_json(path.with_suffix(".json"), known)
         return path
 
     return make
@@ -236,9 +237,9 @@ def test_no_connection_is_opened_and_the_backbone_stays_as_it_was(run, trained, 
 
     monkeypatch.setattr(socket, "socket", refuse)
     monkeypatch.setattr(socket, "create_connection", refuse)
-    before = common.hash_file(trained / "model.pth")
+    before = cxr.files.hash_file(trained / "model.pth")
     assert run("--no-cache") == 0
-    assert common.hash_file(trained / "model.pth") == before
+    assert cxr.files.hash_file(trained / "model.pth") == before
     state = torch.load(trained / "model.pth")
     for name, tensor in common.build_backbone("tinynet").network.state_dict().items():
         assert torch.equal(state[name], tensor), name  # BatchNorm's statistics are among them
@@ -910,7 +911,7 @@ def test_from_takes_the_threshold_of_the_report_beside_it(tmp_path):
     source = write_rows(tmp_path / "predictions.csv", [0, 1, 0, 1], [0.2, 0.9, 0.3, 0.4])
     _, folder = rescore(source)
     assert read_report(folder)["threshold"] == 0.5
-    common.write_json(tmp_path / "metrics.json", {"threshold": 0.25})
+    cxr.files.write_json(tmp_path / "metrics.json", {"threshold": 0.25})
     _, folder = rescore(source)
     assert read_report(folder)["threshold"] == 0.25
     assert read_report(folder)["threshold_from"] == f"{tmp_path / 'metrics.json'}, fixed in advance"
@@ -954,7 +955,7 @@ def test_compare_gives_the_paired_differences_whatever_the_order_of_the_rows(tmp
     a = write_rows(tmp_path / "a/predictions.csv", labels, here.probs, here.files)
     names = [here.files[i] for i in order]
     b = write_rows(tmp_path / "b/predictions.csv", labels[order], there.probs[order], names)
-    common.write_json(tmp_path / "b/metrics.json", {"threshold": 0.3})
+    cxr.files.write_json(tmp_path / "b/metrics.json", {"threshold": 0.3})
     status, folder = rescore(a, "--compare", b)
     report, screen = read_report(folder), capsys.readouterr().out
     found = report["comparison"]
@@ -1075,8 +1076,8 @@ def test_a_network_without_maps_is_refused_by_name_with_cam_and_draws_worst_with
     torch.manual_seed(0)
     network = get_model("mobilenet_v3_small", num_classes=1)  # pooling, Linear, Linear
     torch.save(network.state_dict(), path := tmp_path / "model.pth")
-    about = {"arch": "mobilenet_v3_small", "window": 2.0, "sha256": common.hash_file(path)}
-    common.write_json(path.with_suffix(".json"), about)
+    about = {"arch": "mobilenet_v3_small", "window": 2.0, "sha256": cxr.files.hash_file(path)}
+    cxr.files.write_json(path.with_suffix(".json"), about)
     assert run("--checkpoint", path, "--cam", tmp_path / "maps") == 2
     err = capsys.readouterr().err
     assert "mobilenet_v3_small" in err and "no maps" in err and err.count("\n") == 1

@@ -33,6 +33,7 @@ from faults import damage, files, listing, picture, put, within
 from phantoms import draw_folder
 
 import common
+import cxr.files
 import evaluate
 import split_val
 import train
@@ -350,7 +351,7 @@ def test_a_damaged_record_is_refused_by_name_or_harmless(name, fuzz, run, home, 
 
 
 def test_what_is_damaged_in_the_cache_is_computed_again_bit_for_bit(fuzz, home, capsys, say):
-    digests = {common.hash_file(path) for path in home.glob("data/train/*/*")}
+    digests = {cxr.files.hash_file(path) for path in home.glob("data/train/*/*")}
     paths = [path for path in (home / "cache").glob("*/*") if path.stem in digests]
     expected, count, said = (home / "model.pth").read_bytes(), fuzz.count(40, 400), 0
     for _ in range(count):
@@ -487,7 +488,7 @@ def test_a_damaged_image_is_read_or_explained_whatever_its_format(fuzz, tmp_path
         how, content = damage(fuzz.rng, sources[i % len(sources)])
         path.write_bytes(content)
         with within(20):
-            item = common.Views([common.Film(path, 0, common.hash_file(path))], 3, 2)[0]
+            item = common.Views([common.Film(path, 0, cxr.files.hash_file(path))], 3, 2)[0]
         how = kinds[i % len(sources)], how, item[2]
         assert item[1].shape == (3, 1, 224, 224) and len(item[2]) <= 200, how
         assert "\n" not in item[2], how
@@ -500,7 +501,7 @@ def test_an_image_that_changes_during_the_run_is_never_kept_as_the_old_one(
     refused, home, monkeypatch
 ):
     path, true = faults.first(home / "data" / "train"), common.read_split
-    digest = common.hash_file(path)
+    digest = cxr.files.hash_file(path)
 
     def read_split(*args):
         found = true(*args)
@@ -525,7 +526,7 @@ def test_all_that_may_be_in_a_folder_is_used_or_ignored(run, home):
     faults.add_all_that_may_be(data / "train")
     before = listing(data)
     assert run("split_val", "--check") == run("train") == (0, [])
-    assert len(common.read_json(home / "model.json")["images"]["train"]) == 16 + added
+    assert len(cxr.files.read_json(home / "model.json")["images"]["train"]) == 16 + added
     assert listing(data) == before
     shutil.rmtree(data / "val")
     before = sorted(files(data).values())
@@ -603,8 +604,8 @@ def test_a_signal_ends_a_script_in_one_line_and_keeps_what_was_there(
         assert child.exitcode == 128 + number and len(lines) == 1, text
         if "pass" not in moment:
             assert "kept the best so far" in lines[0] and f"{home / 'model.pth'}" in lines[0]
-            about = common.read_json(home / "model.json")
-            assert about["sha256"] == common.hash_file(home / "model.pth")
+            about = cxr.files.read_json(home / "model.json")
+            assert about["sha256"] == cxr.files.hash_file(home / "model.pth")
             history = (home / "results" / "history.csv").read_text().splitlines()[1:]
             losses = [float(line.split(",")[3]) for line in history]
             assert about["val_loss"] in (min(losses), min(losses[:-1]))  # the last was cut short

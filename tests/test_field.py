@@ -29,6 +29,9 @@ from pydicom.uid import (
 from torch import nn
 
 import common
+import cxr.decode
+import cxr.errors
+import cxr.files
 import evaluate
 import split_val
 import train
@@ -143,7 +146,7 @@ def test_dicom_that_is_no_single_radiograph_is_refused_with_the_reason(reason, t
     if "NumberOfFrames" in tags:
         tags["pixels"] = np.stack([LEVELS] * 3)
     path = write_dicom(tmp_path / "a.dcm", **tags)
-    item = common.Views([common.Film(path, 0, common.hash_file(path))], 1, 2)[0]
+    item = common.Views([common.Film(path, 0, cxr.files.hash_file(path))], 1, 2)[0]
     assert reason in item[2]
 
 
@@ -187,7 +190,7 @@ def test_dicom_on_a_read_only_mount_comes_to_a_report_and_no_patient_is_on_two_s
         assert path.is_symlink() and path.resolve().parent.parent.parent == mount
         sides[path.parts[-3]].add(patients[path.name])
     assert len(sides["val"]) == 8 and not sides["train"] & sides["val"]
-    report = common.read_json(tmp_path / "results" / "metrics.json")
+    report = cxr.files.read_json(tmp_path / "results" / "metrics.json")
     assert (report["n"], report["patients"], report["names_without_patient"]) == (24, 12, 0)
     text = (tmp_path / "results" / "predictions.csv").read_text() + capsys.readouterr().out
     assert "PACS" not in text  # no PatientID in what is sent around
@@ -229,7 +232,7 @@ def patched_tiff(path, photometric, big=False):
 def test_a_tiff_of_16_bits_is_read_in_both_orders_and_white_may_be_0(big, tmp_path):
     plain = grey(common.load_image(patched_tiff(tmp_path / "a.tiff", 1, big), 2))
     negative = grey(common.load_image(patched_tiff(tmp_path / "b.tiff", 0, big), 2))
-    expected = grey(common.stretch(common.PREPARE(Image.fromarray(LEVELS / np.float32(16))), 2))
+    expected = grey(cxr.decode.stretch(common.PREPARE(Image.fromarray(LEVELS / np.float32(16))), 2))
     assert np.abs(plain - expected).max() <= 1 and plain[0, 0] == 0
     assert np.abs(negative - (255 - plain)).max() <= 1
 
@@ -262,7 +265,7 @@ def test_files_of_other_kinds_are_counted_and_jpegs_of_all_names_read(data, flag
     assert split_val.main(["--data-dir", str(data), "--check"]) == 0
     error = capsys.readouterr().err
     assert error.count(f"warning: {folder}: 2 files are not read (.jp2, no suffix)") == 2
-    files = common.read_json(Path(flags(data)[3]).with_suffix(".json"))["images"]["train"]
+    files = cxr.files.read_json(Path(flags(data)[3]).with_suffix(".json"))["images"]["train"]
     assert len(files) == 40 - 2
 
 
@@ -362,7 +365,7 @@ def test_subgroups_of_a_table_are_scored_and_survive_in_predictions_csv(data, tm
     with_table(data, "\n".join(["file_name,patient_id,sex,age,site", *rows]))
     assert train.main(flags(data, *TINY, "--lr", "0.1")) == evaluate.main(flags(data)) == 0
     results = tmp_path / "results"
-    report = common.read_json(results / "metrics.json")
+    report = cxr.files.read_json(results / "metrics.json")
     assert report["patients"] == 12
     groups = {k: v for k, v in report["subgroups"].items() if v["group"].startswith("sex")}
     names = ("sensitivity", "specificity", "auroc")
@@ -375,7 +378,7 @@ def test_subgroups_of_a_table_are_scored_and_survive_in_predictions_csv(data, tm
     assert found["low"] < found["value"] + 1e-9 and groups["sex M, auroc"]["n"] == 12
     source, again = str(results / "predictions.csv"), str(tmp_path / "again")
     assert evaluate.main(["--from", source, "--results-dir", again]) == 0
-    rescored = common.read_json(Path(again, "metrics.json"))
+    rescored = cxr.files.read_json(Path(again, "metrics.json"))
     assert rescored["subgroups"] == report["subgroups"] and rescored["patients"] == 12
 
 
@@ -515,7 +518,7 @@ def test_a_gpu_that_cannot_be_used_is_said_and_the_cpu_taken(monkeypatch, capsys
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(nn.functional, "conv2d", broken)
     monkeypatch.setattr(torch, "ones", lambda *shape, device: torch.zeros(*shape))
-    with pytest.raises(common.Failure, match="no kernel image") as failure:
+    with pytest.raises(cxr.errors.Failure, match="no kernel image") as failure:
         common.pick_device("cuda")
     assert failure.value.status == 4
     monkeypatch.setattr(nn.functional, "conv2d", lambda x, w: x if calls.pop() else broken())
@@ -583,9 +586,9 @@ def test_make_tells_an_old_python_and_makes_the_environment_anew_for_another(nam
 
 def test_pictures_from_elsewhere_are_told_one_by_one_and_as_a_group(data, tmp_path, flags, capsys):
     assert train.main(flags(data, *TINY)) == evaluate.main(flags(data)) == 0
-    report = common.read_json(tmp_path / "results" / "metrics.json")
+    report = cxr.files.read_json(tmp_path / "results" / "metrics.json")
     table = evaluate.read_predictions(tmp_path / "results" / "predictions.csv")
-    info = common.read_json(tmp_path / "model.json")["features"]
+    info = cxr.files.read_json(tmp_path / "model.json")["features"]
     mean, std = (np.array(info[name].split(), float) for name in ("mean", "std"))
     images = common.read_split(data, "test")["test"]
     network = common.build_backbone("tinynet").network
@@ -603,7 +606,7 @@ def test_pictures_from_elsewhere_are_told_one_by_one_and_as_a_group(data, tmp_pa
     for path in data.glob("test/*/*"):  # negatives
         ImageOps.invert(Image.open(path).convert("L")).save(path)
     assert evaluate.main(flags(data)) == 0
-    report, page = common.read_json(tmp_path / "results" / "metrics.json"), capsys.readouterr()
+    report, page = cxr.files.read_json(tmp_path / "results" / "metrics.json"), capsys.readouterr()
     assert report["unlike"]["elsewhere"] and "these images come from elsewhere" in page.err
     assert "Images unlike those of training: " in page.out
     noise = tmp_path / "noise.png"
@@ -670,7 +673,7 @@ def test_colour_of_16_bits_is_refused_in_every_format(tmp_path):
     (tmp_path / "b.tiff").write_bytes(b"II*\0" + start + planes + data + directory)
     for name in ("a.ppm", "b.tiff"):
         with pytest.raises(ValueError, match="16 bits a channel"):
-            common.open_image(tmp_path / name)
+            cxr.decode.open_image(tmp_path / name, 224)
 
 
 def test_dicom_windows_that_miss_the_film_and_ranges_of_padding(tmp_path):
@@ -689,12 +692,12 @@ def test_dicom_windows_that_miss_the_film_and_ranges_of_padding(tmp_path):
     assert (found[:50] == 0).all() and np.abs(found[60:] - plain[60:]).max() < 25
     header = tmp_path / "d.dcm"
     header.write_bytes(write_dicom(tmp_path / "c.dcm", LEVELS).read_bytes()[128 + 4 :])
-    assert "DICM at byte 128" in common.explain_unreadable(header, _unidentified(header))
+    assert "DICM at byte 128" in cxr.decode.explain_unreadable(header, _unidentified(header))
 
 
 def _unidentified(path):
     with pytest.raises(OSError) as caught:
-        common.open_image(path)
+        cxr.decode.open_image(path, 224)
     return caught.value
 
 
@@ -720,7 +723,7 @@ def test_a_record_of_something_else_and_a_stray_rank_are_told(
     data, tmp_path, flags, monkeypatch, capsys
 ):
     assert train.main(flags(data, *TINY)) == 0
-    common.write_json(tmp_path / "model.json", {"images": 3})
+    cxr.files.write_json(tmp_path / "model.json", {"images": 3})
     assert evaluate.main(flags(data)) == 2
     assert "model.json: not about a model" in capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -752,4 +755,6 @@ def test_where_a_picture_stands_in_its_file_does_not_matter(tmp_path):
     content = b"II*\0" + struct.pack("<I3H", 65535 + pixels.size, 8, 8, 8)
     content = content.ljust(65535, b"\0") + pixels.tobytes() + struct.pack("<H", len(tags))
     (tmp_path / "a.tiff").write_bytes(content + b"".join(entries) + bytes(4))
-    assert (np.asarray(common.open_image(tmp_path / "a.tiff").grey) == pixels[..., 0]).all()
+    assert (
+        np.asarray(cxr.decode.open_image(tmp_path / "a.tiff", 224).grey) == pixels[..., 0]
+    ).all()

@@ -15,6 +15,7 @@ import scipy.stats
 from PIL import Image
 
 import common
+import cxr.files
 import evaluate
 import split_val
 import train
@@ -65,7 +66,7 @@ def odd_names(data):
 def test_every_number_on_the_page_is_that_of_metrics_json(odd_names, tmp_path, flags):
     assert train.main(flags(odd_names, *TINY)) == evaluate.main(flags(odd_names)) == 0
     path = tmp_path / "results" / "report.html"
-    page, report = Page(path), common.read_json(path.with_name("metrics.json"))
+    page, report = Page(path), cxr.files.read_json(path.with_name("metrics.json"))
     cells = {row[0].lower().replace(" ", "_"): row[1:] for row in page.rows if row}
     for name, each in report["metrics"].items():
         assert cells[name] == [evaluate.interval(each)]
@@ -105,7 +106,7 @@ def test_what_is_missing_or_given_afterwards_stands_beside_the_result(
     rule = "--threshold", "sensitivity=0.9", "--skip-bad"
     assert train.main(flags(data, *TINY, *rule)) == 0
     assert "At threshold" in capsys.readouterr().out
-    about = common.read_json(tmp_path / "model.json")
+    about = cxr.files.read_json(tmp_path / "model.json")
     assert evaluate.main(flags(data, "--skip-bad")) == 0
     screen, page = capsys.readouterr().out, Page(tmp_path / "results" / "report.html").text
     there = about["at_threshold"]
@@ -214,7 +215,7 @@ def test_flipped_labels_lead_the_table_of_doubtful_ones_and_val_is_not_needed(
         assert not missed or int(row["missed"]) > 0
     with Image.open(results / "doubtful_labels.png") as sheet:
         assert min(sheet.size) > 800
-    assert common.read_json(results / "cv.json")["metrics"]["auroc"]["single_split"] is None
+    assert cxr.files.read_json(results / "cv.json")["metrics"]["auroc"]["single_split"] is None
 
 
 # ---------------------------------------------------------------- what newcomers stumbled over

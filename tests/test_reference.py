@@ -20,6 +20,7 @@ from torchvision.models import get_model
 from torchvision.models._api import register_model
 
 import common
+import cxr.files
 import evaluate
 import split_val
 import train
@@ -90,16 +91,16 @@ def run(results, cache, tmp_path):
 
 
 def test_the_network_tells_the_classes_as_well_as_was_measured(results):
-    report = common.read_json(results / "results" / "metrics.json")
+    report = cxr.files.read_json(results / "results" / "metrics.json")
     assert report["metrics"]["auroc"]["value"] > 0.92
     assert report["metrics"]["accuracy"]["value"] > 0.74
-    assert common.read_json(results / "model.json")["val_loss"] < 0.22
+    assert cxr.files.read_json(results / "model.json")["val_loss"] < 0.22
 
 
 def test_photographs_negatives_and_noise_are_unlike_and_the_test_images_are_not(
     results, run, tmp_path, capsys
 ):
-    report = common.read_json(results / "results" / "metrics.json")
+    report = cxr.files.read_json(results / "results" / "metrics.json")
     assert report["unlike"]["over"] <= 3 and not report["unlike"]["elsewhere"]
     assert report["unlike"]["shift"] < 0.3
     images = [results / "data" / "test" / name for name in CLASSES]
@@ -209,7 +210,7 @@ def test_the_check_finds_what_is_known_of_the_reference_data(xrays, tmp_path, ca
         shutil.rmtree(xrays / "test")
     flags = ["--data-dir", str(xrays), "--check", "--json", str(tmp_path / "check.json")]
     assert split_val.main(flags) == 0
-    page, report = capsys.readouterr().out, common.read_json(tmp_path / "check.json")
+    page, report = capsys.readouterr().out, cxr.files.read_json(tmp_path / "check.json")
     for key in ("errors", "unreadable", "same", "nearly_same", "no_patient"):
         assert report[key] == []
     assert report["patients_across"] == {}

@@ -15,6 +15,8 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from scipy.ndimage import gaussian_filter
 
 import common
+import cxr.errors
+import cxr.files
 import split_val
 from common import CLASSES, SPLIT_FILE
 
@@ -172,7 +174,7 @@ def test_a_second_run_moves_nothing_and_undo_restores_the_identical_tree(tree, c
     before = snapshot(tree)
     assert run(tree, "--per-class", 5) == 0
     assert capsys.readouterr().out.startswith("Moved 5 NORMAL and 5 PNEUMONIA images of ")
-    record = common.read_json(tree / SPLIT_FILE)
+    record = cxr.files.read_json(tree / SPLIT_FILE)
     moved = names(tree, "val")
     assert record == {"seed": 0, "per_class": 5, "moved": moved, "patients": record["patients"]}
     assert len(common.read_split(tree, "train", "val", "test")["val"]) == 10
@@ -350,7 +352,7 @@ def test_a_half_finished_split_is_no_training_data(tree, capsys):
     assert run(tree, "--per-class", 5) == 0
     file = names(tree, "val")["NORMAL"][0]
     (tree / "val" / "NORMAL" / file).rename(tree / "train" / "NORMAL" / file)
-    with pytest.raises(common.Failure, match=r"run split_val\.py again"):
+    with pytest.raises(cxr.errors.Failure, match=r"run split_val\.py again"):
         common.read_split(tree, "train", "val")
     assert "run split_val.py again" in refused(tree, capsys, "--check")
     assert run(tree) == 0
@@ -463,7 +465,9 @@ def test_an_error_of_any_system_call_is_one_line_and_the_next_run_completes(
             break
 
 
-@pytest.mark.parametrize(("stop", "status"), [(KeyboardInterrupt, 130), (common.Terminated, 143)])
+@pytest.mark.parametrize(
+    ("stop", "status"), [(KeyboardInterrupt, 130), (cxr.errors.Terminated, 143)]
+)
 def test_ctrl_c_between_two_files_says_how_to_go_on(campaign, capsys, monkeypatch, stop, status):
     start, flags, done = campaign
     rename, counter = os.rename, itertools.count()
@@ -540,7 +544,7 @@ def check(folder, capsys):
     capsys.readouterr()
     report = folder.parent / "check.json"
     status = run(folder, "--check", "--json", report)
-    return status, common.read_json(report), capsys.readouterr().out
+    return status, cxr.files.read_json(report), capsys.readouterr().out
 
 
 def alarms(report):
