@@ -11,17 +11,13 @@ import re
 import signal
 import sys
 import time
-import warnings
-import zipfile
-import zlib
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
-from pathlib import Path, PurePosixPath
+from importlib import metadata
 from statistics import NormalDist
 from typing import NamedTuple
 
-import cxr  # noqa: F401  first: it says what to do where a package is missing
+import cxr.decode  # first: it says what to do where a package is missing
 
 # isort: split
 import numpy as np
@@ -36,13 +32,13 @@ from torchvision.models import get_model, get_model_builder, get_model_weights, 
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from cxr.decode import explain_unreadable, is_dicom, open_dicom, open_image, open_picture, stretch
+from cxr.cache import Cache
+from cxr.checkpoint import own_names
+from cxr.decode import explain_unreadable, open_image, stretch
 from cxr.errors import SHOWN, Failure, is_no_fault_of_the_file, progress, rank_and_world, warn
-from cxr.files import hash_file, read_csv, read_json, replacing
 
 # ---------------------------------------------------------------- transforms
 
-CLASSES = ("NORMAL", "PNEUMONIA")  # class 1, PNEUMONIA, is the positive one
 SIZE = 224  # pixels, height and width of what the network sees
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in [0, 1]
 
@@ -82,236 +78,6 @@ def make_view(image, number, digest):
 
 
 # ---------------------------------------------------------------- images and patients
-
-JPEGS = ".jfif", ".jpe", ".jpeg", ".jpg"
-SUFFIXES = {*JPEGS, ".bmp", ".dcm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-JUNK = "Thumbs.db", "desktop.ini"  # that operating systems leave in folders
-# of NORMAL and PNEUMONIA; Okabe & Ito, told apart by the colour-blind
-COLOURS = "#0072B2", "#D55E00"
-SPLITS = "train", "val", "test"
-SPLIT_FILE = "split_val.json"  # in the data folder: the files that split_val.py moves
-METADATA = "metadata.csv"  # in the data folder: file_name, patient_id and any other columns
-
-# How the names of images tell their patients, the first that fits. Add your own above.
-PATIENT_NAMES = (
-    # the reference data; in personN_bacteria_M.jpeg N counts the patients of one etiology
-    re.compile(r"(?P<patient>person\d+)_(?P<etiology>bacteria|virus)_\d+"),
-    re.compile(r"(?P<patient>(NORMAL2-)?IM-\d+)-\d+"),
-    # the same children in their other release: BACTERIA-1049278-0001.jpeg
-    re.compile(r"(NORMAL|BACTERIA|VIRUS)-(?P<patient>\d+)-\d+"),
-    re.compile(r"(?P<patient>0\d{7})_\d{3}\b"),  # NIH ChestX-ray14: 00000013_005.png
-    re.compile(r"(?P<patient>patient\d+)_study\d+"),  # CheXpert: patient00001_study1_view1.jpg
-    re.compile(r"(?P<patient>sub-[A-Za-z0-9]+)_"),  # BIDS: sub-S03044_ses-E06217_run-1_cr.png
-)
-
-
-class Film(NamedTuple):
-    path: Path
-    label: int | None  # index into CLASSES, None for a new image
-    digest: str  # SHA-256 of the file in hex, "" where it cannot be read
-    patient: str | None = None  # None where nothing tells it
-    group: str = ""  # what stays together in a split: the patient, perhaps with others
-    about: dict | None = None  # the other columns of its row in metadata.csv
-
-
-def list_images(folder, others=False):
-    """Paths of the images directly inside `folder`, sorted by name; hidden files do not count.
-
-    others: warn of files that are no images by their suffix.
-    """
-    paths = [Path(folder, name) for name in sorted(os.listdir(folder)) if name[0] != "."]
-    # a link to nothing counts, to be reported; a pipe or a device does not
-    images = [p for p in paths if p.suffix.lower() in SUFFIXES and (p.is_file() or not p.exists())]
-    rest = [p for p in paths if p.suffix.lower() not in SUFFIXES and p.is_file()]
-    rest = [path.suffix or "no suffix" for path in rest if path.name not in JUNK]
-    if others and images and rest:
-        suffixes = ", ".join(sorted(set(rest)))
-        warn(
-            f"{folder}: {len(rest)} files are not read ({suffixes}), images are {image_suffixes()}"
-        )
-    for deeper in (path for path in paths if others and images and path.is_dir()):
-        if list_images(deeper):
-            warn(f"{deeper}: the images in it are not read, only those directly in {folder}")
-    return images
-
-
-def image_suffixes():
-    return " ".join(sorted(SUFFIXES))
-
-
-def list_split(data_dir, split, others=False):
-    """[(path, label)] of data_dir/split. Anything but the two class folders is a Failure."""
-    root = Path(data_dir, split)
-    if not root.is_dir():
-        hint = f"see --data-dir{better_level(data_dir)}"
-        if split == "val" and Path(data_dir, "train").is_dir():
-            hint = "run split_val.py first"
-        raise Failure(f"{root}: no such folder, expected {' and '.join(CLASSES)} in it ({hint})")
-    if others and list_images(root):
-        warn(f"{root}: the images directly in it are not read, only those in its class folders")
-    for folder in sorted(p for p in root.iterdir() if p.is_dir()):
-        if folder.name not in CLASSES:
-            raise Failure(
-                f"{folder}: expected only the folders {' and '.join(CLASSES)}, spelled so; "
-                "rename or move it"
-            )
-    images = []
-    for label, name in enumerate(CLASSES):
-        folder = root / name
-        if not folder.is_dir():
-            raise Failure(f"{folder}: no such folder, expected the {name} images of {split} in it")
-        if root.is_symlink() or folder.is_symlink():
-            raise Failure(
-                f"{folder}: found a link; link the whole data folder, or name it with --data-dir "
-                "(a tree of links to images elsewhere: split_val.py --link-from)"
-            )
-        paths = list_images(folder, others)
-        if not paths:
-            names = sorted({p.suffix or p.name for p in folder.iterdir() if p.name[0] != "."})
-            found = f"only {', '.join(names[:5])}" if names else "an empty folder"
-            deeper = [each for each in sorted(folder.glob("*/")) if list_images(each)]
-            move = f"; move the images in {deeper[0]} up into it" if deeper else ""
-            raise Failure(f"{folder}: expected images ({image_suffixes()}), found {found}{move}")
-        images += [(path, label) for path in paths]
-    return images
-
-
-def better_level(data_dir):
-    """Where the data folder may be instead, in words: one above, or one or two below."""
-    data_dir = Path(data_dir)
-    levels = [data_dir.parent, *sorted(data_dir.glob("*/")), *sorted(data_dir.glob("*/*/"))]
-    for level in levels:
-        if level.name != "__MACOSX" and all((level / "train" / name).is_dir() for name in CLASSES):
-            return f" {level}"
-    return ""
-
-
-def require_whole_split(data_dir):
-    """A Failure where split_val.py was interrupted."""
-    record = read_json(Path(data_dir, SPLIT_FILE)) or {"moved": {}}
-    for name, files in record["moved"].items():
-        if left := [file for file in files if os.path.lexists(Path(data_dir, "train", name, file))]:
-            raise Failure(
-                f"{Path(data_dir, 'train', name, left[0])}: expected it in val/, as {SPLIT_FILE} "
-                f"says ({len(left)} such images); run split_val.py again to complete the split"
-            )
-
-
-def read_split(data_dir, *splits, rows=None):
-    """{split: [Film]}. An interrupted split, or one file in two of the folders, is a Failure.
-
-    rows: of read_metadata, where it was called already.
-    """
-    require_whole_split(data_dir)
-    found, first = {}, {}
-    listed = {split: list_split(data_dir, split, others=True) for split in splits}
-    rows = read_metadata(data_dir) if rows is None else rows
-    for split in splits:
-        found[split] = identify_all(listed[split], rows)
-        for image in found[split]:
-            twin = first.setdefault(image.digest, image)
-            if image.digest and twin.path.parent != image.path.parent:
-                raise Failure(f"{image.path}: the same file as {twin.path}; remove one of them")
-    if len(splits) > 1:
-        sides = [{i.group if "val" in splits else i.patient for i in found[s]} for s in splits]
-        if shared := set.intersection(*sides) - {None}:
-            undo = "--undo, then split again" if "val" in splits else "--check lists them"
-            where = " and ".join(f"{split}/" for split in splits)
-            warn(f"patients in {where}: {len(shared)}, as {min(shared)}; split_val.py {undo}")
-    return found
-
-
-def read_metadata(data_dir):
-    """{path: row} of DIR/metadata.csv for the images in train/, val/ and test/, {} without one.
-
-    As in Hugging Face's ImageFolder: the column file_name is the image's own name, or its path
-    below DIR where two images have one name (as train/... also after the split). patient_id tells
-    the patient, what else there is makes subgroups. Tells how many rows and images have no partner.
-    """
-    path = Path(data_dir, METADATA)
-    if not path.exists():
-        if (odd := Path(data_dir, "train", METADATA)).exists():
-            raise Failure(f"{odd}: expected it one level up, in {data_dir}; move it there")
-        return {}
-    columns, rows = read_csv(path, "file_name")
-    if "patient_id" not in columns:
-        warn(f"{path}: no column patient_id, so that the images' names tell the patients")
-    folders = [Path(data_dir, split, name) for split in SPLITS for name in CLASSES]
-    images = [image for each in folders if each.is_dir() for image in list_images(each)]
-    places = {}
-    for image in images:
-        below = image.relative_to(data_dir).as_posix()
-        for key in {image.name, below, re.sub("^val/", "train/", below)}:
-            places.setdefault(key, []).append(image)
-    found, absent = {}, []
-    for number, row in rows:
-        name = PurePosixPath(row["file_name"]).as_posix()
-        here = places.get(name, [])
-        if len(here) > 1:
-            both = f"{here[0].parent} and {here[1].parent}"
-            raise Failure(
-                f"{path}, row {number}: {name} is in {both}; give the path below {data_dir}"
-            )
-        if here and here[0] in found:
-            raise Failure(f"{path}, row {number}: {name} has an earlier row; keep one")
-        found |= dict.fromkeys(here, row)
-        absent += [] if here else [name]
-    if absent:
-        warn(f"{path}: {len(absent)} of {len(rows)} rows have no image here, as {absent[0]}")
-    told = [image for image in images if found.get(image, {}).get("patient_id")]
-    if "patient_id" in columns and len(told) < len(images):
-        alone = next(image.name for image in images if image not in told)
-        warn(
-            f"{path}: tells no patient of {len(images) - len(told)} of {len(images)} images, as "
-            f"{alone}; for these the names do, or nothing"
-        )
-    return found
-
-
-def identify_all(listed, rows):
-    """[Film] of [(path, label)], their files hashed; rows: of read_metadata."""
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda each: identify(*each, rows), listed))
-
-
-def identify(path, label, rows):
-    """The Film with its patient: by metadata.csv, by DICOM's PatientID, by its name."""
-    digest = hash_file(path)
-    row = {key: value for key, value in rows.get(path, {}).items() if key and value}
-    row.pop("file_name", None)
-    patient = row.pop("patient_id", None) or dicom_patient(path)
-    group = patient or patient_of(path.name, cautious=True) or f"{path.parent.name}/{path.name}"
-    return Film(path, label, digest, patient or patient_of(path.name), group, row)
-
-
-def patient_of(name, cautious=False):
-    """The patient that an image's name tells, None where it tells none.
-
-    cautious: without the etiology. That may merge two patients, but never separates one.
-    """
-    for pattern in PATIENT_NAMES:
-        if match := pattern.match(name):
-            found = match.groupdict()
-            etiology = "" if cautious or "etiology" not in found else f"_{found['etiology']}"
-            return found["patient"] + etiology
-    return None
-
-
-def dicom_patient(path):
-    """The hash of a DICOM file's PatientID, which itself belongs in no report; else None."""
-    try:
-        with open(path, "rb") as file:
-            if not is_dicom(file.read(132)):
-                return None
-        import pydicom
-
-        told = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"])
-        patient = str(told.get("PatientID") or "").strip()
-    except Exception as error:  # damaged; the pass, or the check, says so
-        if is_no_fault_of_the_file(error):
-            raise
-        return None
-    return f"ID-{hashlib.sha256(patient.encode()).hexdigest()[:12]}" if patient else None
 
 
 def load_image(source, window):
@@ -422,77 +188,6 @@ def normalize_for(arch):
         return NORMALIZE
 
 
-def own_names(state, network, source):
-    """The state dict without what stands before every name of the network there.
-
-    That is "module." of DataParallel, "_orig_mod." of torch.compile, "backbone." or "model.".
-    """
-    own = [name for name in network.state_dict() if not name.endswith("num_batches_tracked")]
-    ends = [key.removesuffix(own[0]) for key in state if f".{key}".endswith(f".{own[0]}")]
-    found = [prefix for prefix in ends if all(prefix + name in state for name in own)]
-    if len(found) > 1:
-        several = ", ".join(f"{prefix}{own[0]}" for prefix in found)
-        raise Failure(f"{source}: holds several such networks ({several}); keep one of them")
-    return {key.removeprefix(found[0] if found else ""): value for key, value in state.items()}
-
-
-def read_checkpoint(path):
-    """{name: tensor}, the state dict in a file. Data, never code; a damaged file is a Failure."""
-    path = Path(path)
-    if not path.is_file():
-        raise Failure(f"{path}: no such file, expected a checkpoint")
-    try:
-        size = path.stat().st_size
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if sum(part.file_size for part in archive.infolist()) > 10 * size:
-                    raise Failure(f"{path}: a bomb, it unpacks to more than 10 times its size")
-                if broken := archive.testzip():  # torch.load does not check the CRCs
-                    raise Failure(f"{path}: not a readable checkpoint, {broken} is damaged")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            state = find_state(torch.load(path, "cpu", weights_only=True), path)
-        for key, value in state.items():
-            if value.numel() * value.element_size() > size:
-                raise Failure(f"{path}: {key} is larger than the file")
-            negative = key.endswith("running_var") and value.min() < 0
-            if negative or value.is_complex() or not value.float().isfinite().all():
-                raise Failure(
-                    f"{path}: {key} has impossible values (not finite, or a negative variance)"
-                )
-    except (MemoryError, PermissionError, Failure):
-        raise
-    except Exception as error:  # the unpickler raises whatever the bytes make it stumble over
-        # not torch's own text: that recommends to run the code in the file
-        expected = f"{path}: not a readable checkpoint, expected a state dict"
-        reason = f"{type(error).__name__}: it is damaged, or holds more than tensors"
-        with open(path, "rb") as file:
-            if file.read(10)[8:] == b'{"':
-                convert = f"torch.save(safetensors.torch.load_file({path.name!r}), 'weights.pth')"
-                raise Failure(f"{path}: a safetensors file; in Python: {convert}") from error
-        raise Failure(f"{expected} ({reason}); torch.save(model.state_dict(), FILE)") from error
-    # torchvision's oldest DenseNet files name norm1 "norm.1"; its own loader renames them likewise
-    old = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(\d)")
-    return {old.sub(r"\1\2", key): value for key, value in state.items()}
-
-
-def find_state(checkpoint, path):
-    """The one dict of tensors in a checkpoint: itself, or its "state_dict", "model" or the like."""
-
-    def is_state(x):
-        return isinstance(x, dict) and x and all(isinstance(v, torch.Tensor) for v in x.values())
-
-    if is_state(checkpoint):
-        return checkpoint
-    found = [key for key, value in checkpoint.items() if is_state(value)]
-    if len(found) > 1:
-        keep = f"torch.save(checkpoint[{found[0]!r}], FILE)"
-        raise Failure(f"{path}: holds several state dicts ({', '.join(found)}); keep one: {keep}")
-    if not found:
-        raise TypeError("no dict of tensors")
-    return checkpoint[found[0]]
-
-
 # ---------------------------------------------------------------- features
 
 
@@ -524,57 +219,21 @@ class Views(Dataset):
             return i, zeros, explain_unreadable(path, error)
 
 
-ZIP_ERRORS = zipfile.BadZipFile, zlib.error, NotImplementedError
-
-
-class Cache:
-    """Features on disk: <SHA-256 of the image>.npz with `views`, float32 (n_views, width).
-
-    The folder's name holds what else they depend on. A zip has CRCs, and np.load checks them.
-    """
-
-    def __init__(self, cache_dir, backbone, window, dtype, compiled):
-        digest = hashlib.sha256()
-        for name, tensor in backbone.network.state_dict().items():
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.contiguous().reshape(-1).numpy().data)
-        depends_on = [backbone.network, PREPARE, AUGMENT, backbone.normalize]
-        depends_on += [getattr(backbone.network, "transform_input", False), window, dtype, compiled]
-        loading = open_image, open_picture, open_dicom, stretch, load_image, make_view
-        depends_on += [*map(inspect.getsource, loading), torchvision.__version__, PIL.__version__]
-        digest.update("\n".join(map(str, depends_on)).encode())
-        probe = PIL.Image.radial_gradient("L").resize((SIZE, SIZE))
-        for number in range(8):  # what AUGMENT does may not show in its name
-            digest.update(make_view(probe, number, "0" * 64).tobytes())
-        self.folder = Path(cache_dir, digest.hexdigest()[:24])
-
-    def path(self, image):
-        return self.folder / f"{image.digest}.npz"
-
-    def fill(self, features, images, rows):
-        """Fills features[row], (n_views, width), for the rows that are kept; returns the others."""
-        n_views, missing = features.shape[1], []
-        for row in rows:
-            path = self.path(images[row])
-            try:
-                views = np.load(path)["views"]
-                if len(views) < n_views:
-                    missing.append(row)
-                else:
-                    features[row] = torch.from_numpy(views[:n_views])
-            except FileNotFoundError:
-                missing.append(row)
-            except (OSError, ValueError, RuntimeError, LookupError, EOFError, *ZIP_ERRORS) as error:
-                warn(f"{path}: computed again, it cannot be read ({error})")
-                missing.append(row)
-        if missing:
-            kept = f"{len(rows) - len(missing)} of {len(rows)} images"
-            progress(f"Features: {kept} are in {self.folder.parent}")
-        return missing
-
-    def save(self, image, views):
-        with replacing(self.path(image), sync=False) as file:  # a cache may be lost
-            np.savez(file, views=views.numpy())
+def cache_key(backbone, window, dtype, compiled):
+    """What the features of an image depend on, apart from the image, as a hash."""
+    digest = hashlib.sha256()
+    for name, tensor in backbone.network.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.contiguous().reshape(-1).numpy().data)
+    depends_on = [backbone.network, PREPARE, AUGMENT, backbone.normalize]
+    depends_on += [getattr(backbone.network, "transform_input", False), window, dtype, compiled]
+    depends_on += map(inspect.getsource, (cxr.decode, load_image, make_view))
+    depends_on += [torchvision.__version__, PIL.__version__, metadata.version("pydicom")]
+    digest.update("\n".join(map(str, depends_on)).encode())
+    probe = PIL.Image.radial_gradient("L").resize((SIZE, SIZE))
+    for number in range(8):  # what AUGMENT does may not show in its name
+        digest.update(make_view(probe, number, "0" * 64).tobytes())
+    return digest.hexdigest()[:24]
 
 
 def extract_features(backbone, images, n_views, window, device, dtype, args, compiled=False):
@@ -587,7 +246,9 @@ def extract_features(backbone, images, n_views, window, device, dtype, args, com
     rank, world = rank_and_world()
     if args.no_cache and world > 1:
         raise Failure("--no-cache: torchrun's processes share --cache-dir; leave --no-cache out")
-    cache = None if args.no_cache else Cache(args.cache_dir, backbone, window, dtype, compiled)
+    cache = None
+    if not args.no_cache:
+        cache = Cache(args.cache_dir, cache_key(backbone, window, dtype, compiled))
     features = torch.zeros(len(images), n_views, backbone.width)
 
     def compute(rows):
@@ -862,6 +523,3 @@ def image_numbers(path, size):
         "sharpness": float(np.abs(np.diff(pixels, axis=0)).mean()) if len(pixels) > 1 else 0.0,
     }
     return numbers, grey, scan
-
-
-# ---------------------------------------------------------------- errors, files, flags

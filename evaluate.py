@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import common  # first: it says what to do where a package is missing
-from common import CLASSES, COLOURS, Film, Z, proportion
+from common import Z, proportion
 
 # isort: split
 import numpy as np
@@ -37,6 +37,7 @@ import torchmetrics.functional.classification as tm
 from scipy.special import expit, logit
 from torch import nn
 
+from cxr.checkpoint import read_checkpoint
 from cxr.cli import FLAGS, RUN_FLAGS, Parser, add_flags, number, run
 from cxr.errors import SHOWN, Failure, warn
 from cxr.files import (
@@ -49,6 +50,8 @@ from cxr.files import (
     versions,
     write_json,
 )
+from cxr.folders import CLASSES, COLOURS, image_suffixes, list_images, list_split
+from cxr.patients import METADATA, Film, identify_all, patient_of, read_metadata, read_split
 
 PROPORTIONS = ("accuracy", "sensitivity", "specificity", "ppv", "npv")
 COMPARED = ("accuracy", "f1", "auroc")
@@ -92,7 +95,7 @@ def load_model(path, device_name, arch=None):
 
     arch: the network of such a state dict, None for what model.json says, or a resnet50.
     """
-    state, about = common.read_checkpoint(path), path.with_suffix(".json")
+    state, about = read_checkpoint(path), path.with_suffix(".json")
     info, doubts = read_json(about), []
     if info is None:
         info = {"arch": arch or "resnet50"}
@@ -286,7 +289,7 @@ def read_predictions(path):
         except ValueError:
             raise wrong(line, "unlike", "a number", unlike) from None
         if "patient" not in columns:
-            patient = common.patient_of(Path(name).name)
+            patient = patient_of(Path(name).name)
         about = {key: row[key] for key in columns if key not in COLUMNS and row[key]}
         found[name] = CLASSES.index(label), prob, error, unlike, patient or None, about
     if not found:
@@ -441,7 +444,7 @@ def measure_subgroups(table, threshold, seed):
     Names: the etiologies and series of the reference data. Columns: those of 2 to 10 values.
     """
     positive, parts = table.labels == 1, {}
-    names = [common.patient_of(Path(file).name) or "" for file in table.files]
+    names = [patient_of(Path(file).name) or "" for file in table.files]
     for part, (label, key, group) in SUBGROUPS.items():
         inside = np.array([name.startswith(part) or name.endswith(part) for name in names])
         parts[key] = group, ("specificity", "sensitivity")[label], inside & (positive == label)
@@ -583,12 +586,12 @@ def find_leaks(args, model, images, training):
 def training_images(data_dir, rows):
     """([Film] of train/ and val/, as far as they are there; why there are none)."""
     try:
-        found = common.list_split(data_dir, "train")
+        found = list_split(data_dir, "train")
         with contextlib.suppress(Failure):
-            found += common.list_split(data_dir, "val")
+            found += list_split(data_dir, "val")
     except Failure as reason:
         return [], str(reason)
-    return common.identify_all(found, rows), ""
+    return identify_all(found, rows), ""
 
 
 def numbers_instead(args, images, table, training, reason):
@@ -978,7 +981,7 @@ def findings(report):
         lines.append(f"{only} only there: p {other['p_value']:.3g} ({other['test']})")
         yield f"This model minus {other['with']} at threshold {other['threshold']:.4g}", lines
     if report["not_assessed"]:
-        columns = f"no such column of 2 to 10 values in {common.METADATA}"
+        columns = f"no such column of 2 to 10 values in {METADATA}"
         yield "Not assessed", [f"{', '.join(report['not_assessed'])} ({columns})"]
 
 
@@ -1145,8 +1148,8 @@ def score_split(args):
     """DIR/test, or another split, with its labels."""
     if args.split == "test" and (args.data_dir / "train").is_dir():
         require_test(args)
-    rows = common.read_metadata(args.data_dir)
-    images = common.read_split(args.data_dir, args.split, rows=rows)[args.split]
+    rows = read_metadata(args.data_dir)
+    images = read_split(args.data_dir, args.split, rows=rows)[args.split]
     model = load_model(args.checkpoint, args.device, args.arch)
     require_outputs(args, model, "metrics.json", "predictions.csv")
     names = [image.path.relative_to(args.data_dir) for image in images]
@@ -1217,9 +1220,9 @@ def named_images(paths):
     for path in paths:
         if not path.is_dir() and not path.is_file():
             raise Failure(f"{path}: expected an image or a folder, found no such file")
-        inside = common.list_images(path, others=True) if path.is_dir() else [path]
+        inside = list_images(path, others=True) if path.is_dir() else [path]
         if not inside:
-            expected = f"expected images ({common.image_suffixes()}) directly inside"
+            expected = f"expected images ({image_suffixes()}) directly inside"
             if classes := [str(path / name) for name in CLASSES if (path / name).is_dir()]:
                 expected = f"holds class folders, name these: {' '.join(classes)}; {expected}"
             raise Failure(f"{path}: {expected}, found none")

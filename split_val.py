@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import common  # first: it says what to do where a package is missing
-from common import CLASSES, METADATA, SPLIT_FILE
 
 # isort: split
 import numpy as np
@@ -37,6 +36,8 @@ from cxr.cli import Parser, add_flags, number, run
 from cxr.decode import explain_unreadable
 from cxr.errors import Failure, is_no_fault_of_the_file, warn
 from cxr.files import read_json, require_writable, sync_folder, write_json
+from cxr.folders import CLASSES, SPLIT_FILE, by_class, list_split, list_val, require_whole_split
+from cxr.patients import METADATA, identify_all, read_metadata, read_split
 
 # ---------------------------------------------------------------- the choice of patients
 
@@ -62,11 +63,6 @@ def choose_patients(images, n, seed):
     return by_class(taken)
 
 
-def by_class(paths):
-    """{class: sorted file names}."""
-    return {name: sorted(p.name for p in paths if p.parent.name == name) for name in CLASSES}
-
-
 def count(files):
     """How many files of each class, in words; files: {class: names}."""
     return " and ".join(f"{len(files[name])} {name}" for name in CLASSES)
@@ -78,7 +74,7 @@ def count(files):
 def plan_split(data_dir, n, seed):
     """The record of a split, split_val.json, which is its plan; writes nothing."""
     splits = ["train"] + ["test"] * (data_dir / "test").exists()
-    found = common.read_split(data_dir, *splits)
+    found = read_split(data_dir, *splits)
     train = found["train"]
     if unreadable := [image.path for split in splits for image in found[split] if not image.digest]:
         raise Failure(
@@ -108,21 +104,6 @@ def plan_split(data_dir, n, seed):
 def count_patients(images, moved=None):
     """How many patients the images have, or those of them that are moved, {class: names}."""
     return len({i.group for i in images if not moved or i.path.name in moved[CLASSES[i.label]]})
-
-
-def list_val(data_dir):
-    """{class: names of its images in val/}; a missing or an empty folder has none."""
-    val, paths = data_dir / "val", []
-    for path in val.iterdir() if val.is_dir() else ():
-        if path.is_dir() and path.name not in CLASSES:
-            raise Failure(
-                f"{path}: expected only the folders {' and '.join(CLASSES)}; move it away"
-            )
-    for folder in (val, *(val / name for name in CLASSES)):
-        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-            raise Failure(f"{folder}: expected a folder, found a link or a file; move it away")
-        paths += common.list_images(folder) if folder.exists() else []
-    return by_class(paths)
 
 
 def list_folders(data_dir):
@@ -209,7 +190,7 @@ def link_images(data_dir, source):
         )
     try:
         splits = ["train", *(each for each in ("val", "test") if (source / each).is_dir())]
-        listed = [(split, *each) for split in splits for each in common.list_split(source, split)]
+        listed = [(split, *each) for split in splits for each in list_split(source, split)]
     except Failure as error:
         raise Failure(str(error).replace("--data-dir", "--link-from")) from None
     for split, path, label in listed:
@@ -627,11 +608,11 @@ LINES = 25  # errors and warnings on the page
 
 def examine(data_dir):
     """Everything the check finds: what --json holds."""
-    common.require_whole_split(data_dir)
+    require_whole_split(data_dir)
     splits = ["train"] + ["val"] * any(list_val(data_dir).values())
     splits += ["test"] * (data_dir / "test").exists()
-    listed = [each for split in splits for each in common.list_split(data_dir, split, others=True)]
-    images = common.identify_all(listed, common.read_metadata(data_dir))
+    listed = [each for split in splits for each in list_split(data_dir, split, others=True)]
+    images = identify_all(listed, read_metadata(data_dir))
     with ThreadPoolExecutor() as pool:
         looks = list(pool.map(look_at, images))
     xrays = [look for look in looks if isinstance(look, Xray)]

@@ -13,10 +13,7 @@ import argparse
 import contextlib
 import copy
 import csv
-import http.client
-import io
 import math
-import socket
 import statistics
 import sys
 import time
@@ -25,7 +22,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import common  # first: it says what to do where a package is missing
-from common import CLASSES
 
 # isort: split
 import numpy as np
@@ -35,59 +31,16 @@ import PIL.ImageFont
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torchvision.models import get_model_weights
 from tqdm import tqdm
 
+from cxr.checkpoint import load_weights, save_checkpoint
 from cxr.cli import RUN_FLAGS, Parser, add_flags, number, run
-from cxr.errors import FULL, Failure, warn
-from cxr.files import hash_file, replacing, require_writable, save_figure, versions, write_json
+from cxr.errors import Failure, warn
+from cxr.files import replacing, require_writable, save_figure, versions, write_json
+from cxr.folders import CLASSES, COLOURS, SPLIT_FILE
+from cxr.patients import read_split
 
 # ---------------------------------------------------------------- weights
-
-RESNET50_SHA256 = "11ad3fa62ca79e40addfd354a8ec4b7c75143b3038b8d2a807fbc68deab379ca"
-DOWNLOAD_ERRORS = (OSError, RuntimeError, http.client.HTTPException)
-
-
-def load_weights(args):
-    """The state dict that --weights names, None for random; and the file that it is from."""
-    if args.weights == "random":
-        warn("--weights random: nothing is pretrained, the result says nothing about this method")
-        return None, None
-    path = imagenet_file(args.arch) if args.weights == "imagenet" else Path(args.weights)
-    if not path.is_file():
-        raise Failure(f"--weights {path}: no such file; expected imagenet, random or a state dict")
-    return common.read_checkpoint(path), path
-
-
-def imagenet_file(arch):
-    """The ImageNet weights of `arch` in torch's cache, downloaded if absent, their hash checked."""
-    try:
-        url = get_model_weights(arch).DEFAULT.url
-    except (ValueError, AttributeError):
-        unknown = f"--arch {arch}: torchvision knows no ImageNet weights for it"
-        raise Failure(f"{unknown}; use --weights FILE") from None
-    path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
-    by_hand = f"or download {url} elsewhere, put it at {path}, or name it with --weights FILE"
-    # the file's name ends in the first 8 digits of its SHA-256
-    sha256 = RESNET50_SHA256 if arch == "resnet50" else path.stem.rpartition("-")[2]
-    if not path.exists():
-        print(f"Downloading {url} to {path}", flush=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        timeout = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(20)  # seconds: a server that stalls would hang for ever
-        try:
-            torch.hub.download_url_to_file(url, str(path), sha256, sys.stderr.isatty())
-        except DOWNLOAD_ERRORS as error:
-            status = 4 if isinstance(error, OSError) and error.errno in FULL else 2
-            failed = f"cannot download the ImageNet weights ({error})"
-            raise Failure(f"{failed}: try again, {by_hand}", status) from None
-        finally:
-            socket.setdefaulttimeout(timeout)
-    if not hash_file(path).startswith(sha256):
-        raise Failure(
-            f"{path}: its SHA-256 is not that of the published file; delete it, {by_hand}"
-        )
-    return path
 
 
 # ---------------------------------------------------------------- training
@@ -323,7 +276,7 @@ def prepare(args, *outputs):
     splits = ["train", "val"]
     if args.folds and not (args.data_dir / "val").exists():
         splits.remove("val")  # cross-validation needs none
-    found = {"val": []} | common.read_split(args.data_dir, *splits)
+    found = {"val": []} | read_split(args.data_dir, *splits)
     backbone = common.build_backbone(args.arch, *load_weights(args))
     require_writable(*outputs)
     return device, dtype, found, backbone
@@ -361,18 +314,6 @@ def describe_features(views, val_features):
 
 def labels_of(images):
     return torch.tensor([float(image.label) for image in images])
-
-
-def save_checkpoint(path, backbone, head, about):
-    """model.pth, a plain float32 state dict of the whole network, and model.json about it."""
-    state = backbone.network.state_dict()
-    state[f"{backbone.head_name}.weight"] = head.weight.detach().clone()
-    state[f"{backbone.head_name}.bias"] = head.bias.detach().clone()
-    buffer = io.BytesIO()  # torch's own error on a full disk does not name it
-    torch.save(state, buffer)
-    with replacing(path) as file:
-        file.write(buffer.getbuffer())
-    write_json(path.with_suffix(".json"), about | {"sha256": hash_file(path)})
 
 
 def score_shares(positive, labels, images):
@@ -434,8 +375,8 @@ def draw_curves(path, history, best_epoch):
     axes = figure.subplots(3, sharex=True, height_ratios=(3, 3, 1))
     lines = ("loss", train_loss, val_loss), ("accuracy", train_accuracy, val_accuracy)
     for ax, (name, train, val) in zip(axes, lines, strict=False):
-        ax.plot(epoch, train, ".-", color=common.COLOURS[0], label="train")
-        ax.plot(epoch, val, ".-", color=common.COLOURS[1], label="val")
+        ax.plot(epoch, train, ".-", color=COLOURS[0], label="train")
+        ax.plot(epoch, val, ".-", color=COLOURS[1], label="val")
         ax.set_ylabel(name)
     axes[2].step(epoch, lr, where="mid", color="black")
     axes[2].set(xlabel="epoch", ylabel="lr", yscale="log")
@@ -658,7 +599,7 @@ def parse_args(argv=None):
         parser.error(f"--threshold {args.threshold}: cross-validation scores at a fixed threshold")
     if (args.seeds if args.folds else args.repeats) > 1:
         parser.error("--repeats needs --folds, and --seeds goes without them")
-    if args.checkpoint.suffix not in (".pth", ".pt") or about == common.SPLIT_FILE:
+    if args.checkpoint.suffix not in (".pth", ".pt") or about == SPLIT_FILE:
         parser.error(f"--checkpoint {args.checkpoint}: expected a name like model.pth")
     if args.checkpoint.resolve() == Path(args.weights).resolve():
         parser.error(f"--checkpoint {args.checkpoint}: these are the --weights; choose another")

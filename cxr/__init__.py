@@ -2,6 +2,8 @@
 
 errors, decode: errors that the user can mend; an image file becomes a grey picture
 files: writes files whole or not at all
+folders, cache, checkpoint: classes, splits and images; features on disk; state dicts
+patients: which patient an image belongs to
 cli: flags that all scripts share, and exit codes
 """
 

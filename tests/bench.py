@@ -25,6 +25,7 @@ from torch import nn
 from torchvision.models import resnet50
 
 import cxr.decode
+import cxr.patients
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -69,7 +70,7 @@ def plain_epoch(data, batch_size=32):
     network.fc = nn.Linear(2048, 1)
     network.to(device)
     optimizer = torch.optim.Adam(network.fc.parameters(), lr=1e-3)
-    criterion, found = nn.BCEWithLogitsLoss(), common.read_split(data, "train", "val")
+    criterion, found = nn.BCEWithLogitsLoss(), cxr.patients.read_split(data, "train", "val")
     autocast = torch.autocast(device.type, dtype, dtype != torch.float32)
     start = time.perf_counter()
     for split in ("train", "val"):
@@ -153,7 +154,7 @@ def forward(network, batch, n_batches):
 
 def bench_pass(folder):
     """(d): the whole pass against forward-only."""
-    images = common.read_split(draw_data(folder, train=250, val=1), "train")["train"]
+    images = cxr.patients.read_split(draw_data(folder, train=250, val=1), "train")["train"]
     device, dtype = common.pick_device("auto")
     backbone = common.build_backbone("resnet50")
     args = argparse.Namespace(no_cache=True, cache_dir=None, batch_size=32, workers=-1)

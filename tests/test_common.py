@@ -19,6 +19,7 @@ import common
 import cxr.decode
 import cxr.errors
 import cxr.files
+import cxr.patients
 
 ROOT = Path(__file__).resolve().parent.parent
 TO_TENSOR = transforms.Compose(
@@ -197,7 +198,7 @@ def backbone():
 
 @pytest.fixture(scope="module")
 def images(split_phantoms):
-    return common.read_split(split_phantoms, "val")["val"][::2]
+    return cxr.patients.read_split(split_phantoms, "val")["val"][::2]
 
 
 def extract(backbone, images, n_views, cache=None, dtype=torch.float32, window=2.0, **flags):
@@ -277,7 +278,7 @@ def test_a_moved_image_costs_nothing(backbone, images, tmp_path, capsys):
     computed(capsys)
     moved = tmp_path / "elsewhere.jpeg"
     moved.write_bytes(images[3].path.read_bytes())
-    extract(backbone, [common.Film(moved, 1, images[3].digest)], 1, tmp_path / "cache")
+    extract(backbone, [cxr.patients.Film(moved, 1, images[3].digest)], 1, tmp_path / "cache")
     assert computed(capsys) == 0
 
 
@@ -332,7 +333,7 @@ def test_a_damaged_file_of_the_cache_is_computed_again_and_said(
 def test_an_image_that_changes_after_it_was_hashed_is_never_kept(backbone, images, tmp_path):
     path = tmp_path / "a.jpeg"
     path.write_bytes(images[0].path.read_bytes())
-    image = common.Film(path, 0, images[1].digest)
+    image = cxr.patients.Film(path, 0, images[1].digest)
     _, bad = extract(backbone, [image, images[2]], 1, tmp_path / "cache")
     assert list(bad) == [0] and "changed" in bad[0]
     assert [p.stem for p in (tmp_path / "cache").glob("*/*.npz")] == [images[2].digest]
@@ -365,13 +366,15 @@ def test_frozen_means_no_gradient_and_eval_mode_for_good(backbone):
 
 
 def test_names_tell_the_patient():
-    assert common.patient_of("person86_virus_1.jpeg") == "person86_virus"
-    assert common.patient_of("person86_virus_1.jpeg", cautious=True) == "person86"
-    assert common.patient_of("person86_bacteria_2.jpeg", cautious=True) == "person86"
-    assert common.patient_of("IM-0001-0002.jpeg") != common.patient_of("NORMAL2-IM-0001-0001.jpeg")
-    assert common.patient_of("NORMAL2-IM-0001-0001-0002.jpeg") == "NORMAL2-IM-0001"
-    assert common.patient_of("person447_virus_921_1.jpeg") == "person447_virus"
-    assert common.patient_of("scan.png") is None
+    assert cxr.patients.patient_of("person86_virus_1.jpeg") == "person86_virus"
+    assert cxr.patients.patient_of("person86_virus_1.jpeg", cautious=True) == "person86"
+    assert cxr.patients.patient_of("person86_bacteria_2.jpeg", cautious=True) == "person86"
+    assert cxr.patients.patient_of("IM-0001-0002.jpeg") != cxr.patients.patient_of(
+        "NORMAL2-IM-0001-0001.jpeg"
+    )
+    assert cxr.patients.patient_of("NORMAL2-IM-0001-0001-0002.jpeg") == "NORMAL2-IM-0001"
+    assert cxr.patients.patient_of("person447_virus_921_1.jpeg") == "person447_virus"
+    assert cxr.patients.patient_of("scan.png") is None
 
 
 def test_json_that_was_changed_or_comes_from_elsewhere_is_refused_by_name(tmp_path):

@@ -24,9 +24,11 @@ from torchvision.models import get_model
 
 import common
 import cxr.files
+import cxr.folders
+import cxr.patients
 import evaluate
 import train
-from common import CLASSES
+from cxr.folders import CLASSES
 
 NAMES = ("roc", "precision_recall", "confusion", "reliability", "scores", "worst")
 PICTURES = {f"{name}.png" for name in NAMES}
@@ -106,7 +108,7 @@ def remake(trained, tmp_path):
 def keep(data, count):
     """Removes all test images but `count` of each class."""
     for name in CLASSES:
-        for path in common.list_images(data / "test" / name)[count:]:
+        for path in cxr.folders.list_images(data / "test" / name)[count:]:
             path.unlink()
 
 
@@ -147,7 +149,7 @@ def write_rows(path, labels, probs, names=None):
 
 def table_of(files, labels, probs):
     probs = np.asarray(probs, np.float32)
-    patients, unlike = [common.patient_of(file) for file in files], np.ones_like(probs)
+    patients, unlike = [cxr.patients.patient_of(file) for file in files], np.ones_like(probs)
     about, errors = [{} for _ in files], [""] * len(labels)
     return evaluate.Table(list(files), np.asarray(labels), probs, errors, unlike, patients, about)
 
@@ -196,7 +198,7 @@ def test_the_report_says_what_was_scored_and_with_which_model(scored, trained):
 
 def test_predictions_csv_holds_every_image_and_agrees_with_the_report(scored, split_phantoms):
     rows, report = read_rows(scored[0] / "predictions.csv"), read_report(scored[0])
-    paths = [path for path, _ in common.list_split(split_phantoms, "test")]
+    paths = [path for path, _ in cxr.folders.list_split(split_phantoms, "test")]
     expected = [path.relative_to(split_phantoms).as_posix() for path in paths]
     assert [row["file"] for row in rows] == expected
     for row in rows:
@@ -208,7 +210,7 @@ def test_predictions_csv_holds_every_image_and_agrees_with_the_report(scored, sp
 
 
 def test_the_probabilities_are_those_of_plain_torch(run, trained, data, tmp_path):
-    paths = [path for path, _ in common.list_split(data, "test")]
+    paths = [path for path, _ in cxr.folders.list_split(data, "test")]
     for path, size in zip(paths, [(300, 224), (224, 400), (150, 131)], strict=False):
         with Image.open(path) as image:  # not square: nothing may be cropped
             image.resize(size).save(path.with_suffix(".png"))
@@ -223,7 +225,10 @@ def test_the_probabilities_are_those_of_plain_torch(run, trained, data, tmp_path
 
 
 def test_an_image_scores_the_same_whatever_comes_with_it(run, split_phantoms, tmp_path):
-    paths, table = common.list_images(split_phantoms / "test/NORMAL"), "results/new_predictions.csv"
+    paths, table = (
+        cxr.folders.list_images(split_phantoms / "test/NORMAL"),
+        "results/new_predictions.csv",
+    )
     assert run(*paths[:3], "--no-cache") == 0
     some = read_probs(tmp_path / table)
     assert run(*reversed(paths), "--no-cache", "--batch-size", 5) == 0
@@ -521,7 +526,7 @@ def draw_set(folder, counts, brightness=(128, 128), width=(16, 16), seed=0):
 
 def test_a_good_network_is_rarely_called_no_better_than_random_numbers(tmp_path):
     folder = draw_set(tmp_path / "noise", {"train": (32, 8), "test": (48, 12)})
-    images = common.read_split(folder, "test")["test"]
+    images = cxr.patients.read_split(folder, "test")["test"]
     rng, verdicts = np.random.default_rng(0), []
     for seed in range(6):
         (table,) = simulate(rng, 48, 12, apart=1.81)  # AUROC 0.90
@@ -657,7 +662,7 @@ def test_one_test_image_a_class_is_scored_with_pictures(run, pictures, data, tmp
 
 def test_training_images_among_the_test_images_are_warned_of(run, data, tmp_path, capsys):
     for name in CLASSES:
-        first = common.list_images(data / "train" / name)[0]
+        first = cxr.folders.list_images(data / "train" / name)[0]
         shutil.copy(first, data / "test" / name / f"copy{first.suffix}")
     for _ in ("told by train/ and by model.json", "by model.json alone"):
         assert run("--data-dir", data) == 0
@@ -668,7 +673,7 @@ def test_training_images_among_the_test_images_are_warned_of(run, data, tmp_path
 
 
 def test_a_model_of_images_that_are_not_in_train_is_told(run, data, tmp_path):
-    common.list_images(data / "train/NORMAL")[0].unlink()
+    cxr.folders.list_images(data / "train/NORMAL")[0].unlink()
     assert run("--data-dir", data) == 0
     (warning,) = read_report(tmp_path / "results")["warnings"]
     assert warning.startswith("1 of the 64 images that the model learned from are not in train/")
@@ -699,7 +704,7 @@ def test_a_bare_state_dict_is_a_resnet50_without_a_window_with_a_note(run, data,
     network = torchvision.models.resnet50()
     network.fc = nn.Linear(2048, 1)
     torch.save(network.state_dict(), tmp_path / "bare.pth")
-    paths = common.list_images(data / "test/NORMAL")[:2]
+    paths = cxr.folders.list_images(data / "test/NORMAL")[:2]
     assert run(*paths, "--checkpoint", tmp_path / "bare.pth", "--no-cache") == 0
     assert "taken for a resnet50" in (err := capsys.readouterr().err) and "no window" in err
     probs = read_probs(tmp_path / "results/new_predictions.csv")
@@ -776,7 +781,7 @@ def test_a_mistake_is_one_line_and_status_2(flags, words, run, tmp_path, capsys)
 def test_unreadable_test_images_stop_and_with_skip_bad_have_rows_of_their_own(
     run, data, tmp_path, capsys
 ):
-    bad = [common.list_images(data / "test" / name)[0] for name in CLASSES]
+    bad = [cxr.folders.list_images(data / "test" / name)[0] for name in CLASSES]
     bad[0].write_bytes(bad[0].read_bytes()[:2000])
     bad[1].write_bytes(b"")
     assert run("--data-dir", data) == 2
@@ -798,7 +803,7 @@ def test_unreadable_test_images_stop_and_with_skip_bad_have_rows_of_their_own(
 
 def test_new_images_get_a_table_and_an_unreadable_one_its_error(run, data, tmp_path, capsys):
     (folder := tmp_path / "new").mkdir()
-    good = common.list_images(data / "test/PNEUMONIA")[0]
+    good = cxr.folders.list_images(data / "test/PNEUMONIA")[0]
     with Image.open(good) as image:
         image.resize((500, 300)).save(folder / "large.png")
         image.resize((40, 60)).save(folder / "small.bmp")
@@ -842,7 +847,7 @@ def test_new_images_leave_the_report_alone_and_say_what_they_replace(run, data, 
 
 
 def test_every_kind_of_file_scores_as_the_grey_picture_in_it(run, data, tmp_path):
-    with Image.open(common.list_images(data / "test/PNEUMONIA")[1]) as image:
+    with Image.open(cxr.folders.list_images(data / "test/PNEUMONIA")[1]) as image:
         plain = image.convert("L")
     (folder := tmp_path / "kinds").mkdir()
     grey, exif = np.asarray(plain).astype(np.uint16), Image.Exif()
@@ -1025,7 +1030,7 @@ def test_cam_writes_an_overlay_of_every_image_orange_for_pneumonia_and_blue_for_
 ):
     keep(data, 3)
     assert run("--data-dir", data, "--cam", tmp_path / "maps") == 0
-    paths = [path for path, _ in common.list_split(data, "test")]
+    paths = [path for path, _ in cxr.folders.list_split(data, "test")]
     found = {path.relative_to(tmp_path / "maps") for path in (tmp_path / "maps").rglob("*.*")}
     assert found == {Path(path.parent.name, f"{path.name}.png") for path in paths}
     network, seen = plain_network(trained / "model.pth"), {1: 0, -1: 0}
@@ -1047,7 +1052,7 @@ def test_cam_writes_an_overlay_of_every_image_orange_for_pneumonia_and_blue_for_
 
 
 def test_overlays_of_namesakes_do_not_overwrite_each_other(run, split_phantoms, tmp_path):
-    for i, path in enumerate(common.list_images(split_phantoms / "test/NORMAL")[:3]):
+    for i, path in enumerate(cxr.folders.list_images(split_phantoms / "test/NORMAL")[:3]):
         (tmp_path / str(i)).mkdir()
         shutil.copy(path, tmp_path / str(i) / "scan.jpeg")
     assert run(*(tmp_path / str(i) for i in range(3)), "--cam", tmp_path / "maps") == 0

@@ -34,6 +34,7 @@ from phantoms import draw_folder
 
 import common
 import cxr.files
+import cxr.patients
 import evaluate
 import split_val
 import train
@@ -488,7 +489,7 @@ def test_a_damaged_image_is_read_or_explained_whatever_its_format(fuzz, tmp_path
         how, content = damage(fuzz.rng, sources[i % len(sources)])
         path.write_bytes(content)
         with within(20):
-            item = common.Views([common.Film(path, 0, cxr.files.hash_file(path))], 3, 2)[0]
+            item = common.Views([cxr.patients.Film(path, 0, cxr.files.hash_file(path))], 3, 2)[0]
         how = kinds[i % len(sources)], how, item[2]
         assert item[1].shape == (3, 1, 224, 224) and len(item[2]) <= 200, how
         assert "\n" not in item[2], how
@@ -500,7 +501,7 @@ def test_a_damaged_image_is_read_or_explained_whatever_its_format(fuzz, tmp_path
 def test_an_image_that_changes_during_the_run_is_never_kept_as_the_old_one(
     refused, home, monkeypatch
 ):
-    path, true = faults.first(home / "data" / "train"), common.read_split
+    path, true = faults.first(home / "data" / "train"), train.read_split
     digest = cxr.files.hash_file(path)
 
     def read_split(*args):
@@ -508,7 +509,7 @@ def test_an_image_that_changes_during_the_run_is_never_kept_as_the_old_one(
         path.write_bytes(picture(form="jpeg"))
         return found
 
-    monkeypatch.setattr(common, "read_split", read_split)
+    monkeypatch.setattr(train, "read_split", read_split)
     shutil.rmtree(home / "cache")
     line = refused(2, "train")
     assert f"{path}: its content changed" in line and not [*home.rglob(f"{digest}*")]

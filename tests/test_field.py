@@ -32,10 +32,12 @@ import common
 import cxr.decode
 import cxr.errors
 import cxr.files
+import cxr.folders
+import cxr.patients
 import evaluate
 import split_val
 import train
-from common import CLASSES
+from cxr.folders import CLASSES
 
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = np.tile(np.arange(256, dtype=np.uint16) * 16, (256, 1))  # a ramp of 12 bits
@@ -146,7 +148,7 @@ def test_dicom_that_is_no_single_radiograph_is_refused_with_the_reason(reason, t
     if "NumberOfFrames" in tags:
         tags["pixels"] = np.stack([LEVELS] * 3)
     path = write_dicom(tmp_path / "a.dcm", **tags)
-    item = common.Views([common.Film(path, 0, cxr.files.hash_file(path))], 1, 2)[0]
+    item = common.Views([cxr.patients.Film(path, 0, cxr.files.hash_file(path))], 1, 2)[0]
     assert reason in item[2]
 
 
@@ -185,7 +187,7 @@ def test_dicom_on_a_read_only_mount_comes_to_a_report_and_no_patient_is_on_two_s
     finally:
         for folder in (mount, *mount.rglob("*/")):
             folder.chmod(0o755)
-    sides = {split: set() for split in common.SPLITS}
+    sides = {split: set() for split in cxr.folders.SPLITS}
     for path in data.glob("*/*/*.dcm"):
         assert path.is_symlink() and path.resolve().parent.parent.parent == mount
         sides[path.parts[-3]].add(patients[path.name])
@@ -354,7 +356,7 @@ def test_two_files_of_one_name_need_their_path_which_holds_after_the_split(data,
     rows = [f"train/{name}/scan.jpeg,{name}7" for name in CLASSES]
     with_table(data, "\n".join(["file_name,patient_id", *rows]))
     (data / "train" / "NORMAL" / "scan.jpeg").rename(data / "val" / "NORMAL" / "scan.jpeg")
-    found = common.read_split(data, "train", "val")
+    found = cxr.patients.read_split(data, "train", "val")
     told = {image.patient for images in found.values() for image in images}
     assert {"NORMAL7", "PNEUMONIA7"} <= told
 
@@ -590,7 +592,7 @@ def test_pictures_from_elsewhere_are_told_one_by_one_and_as_a_group(data, tmp_pa
     table = evaluate.read_predictions(tmp_path / "results" / "predictions.csv")
     info = cxr.files.read_json(tmp_path / "model.json")["features"]
     mean, std = (np.array(info[name].split(), float) for name in ("mean", "std"))
-    images = common.read_split(data, "test")["test"]
+    images = cxr.patients.read_split(data, "test")["test"]
     network = common.build_backbone("tinynet").network
     pixels = torch.stack([v for i in images for v in common.Views([i], 1, 2.0)[0][1]])
     with torch.no_grad():
@@ -630,10 +632,10 @@ def test_a_patient_of_the_test_images_in_train_or_val_is_warned_of_in_the_report
 ):
     child = sorted((data / "train" / "NORMAL").iterdir())[0]
     test = sorted((data / "test" / "NORMAL").iterdir())[0]
-    test.rename(test.with_name(f"{common.patient_of(child.name)}-0099.jpeg"))
+    test.rename(test.with_name(f"{cxr.patients.patient_of(child.name)}-0099.jpeg"))
     other = sorted((data / "train" / "PNEUMONIA").iterdir())[0]
     val = sorted((data / "val" / "PNEUMONIA").iterdir())[0]
-    val.rename(val.with_name(f"{common.patient_of(other.name)}_99.jpeg"))
+    val.rename(val.with_name(f"{cxr.patients.patient_of(other.name)}_99.jpeg"))
     assert train.main(flags(data, *TINY)) == 0
     assert "patients in train/ and val/: 1, as person" in capsys.readouterr().err
     assert evaluate.main(flags(data)) == 0
@@ -704,7 +706,7 @@ def _unidentified(path):
 def test_spaces_in_a_table_separate_no_patient_and_odd_places_are_told(data, flags, capsys):
     images = sorted(path.name for path in data.glob("train/NORMAL/*"))
     with_table(data, f"file_name, patient_id\n{images[0]},P3\n{images[1]},P3 \n")
-    found = {i.path.name: i.patient for i in common.read_split(data, "train")["train"]}
+    found = {i.path.name: i.patient for i in cxr.patients.read_split(data, "train")["train"]}
     assert found[images[0]] == found[images[1]] == "P3"
     (data / "metadata.csv").rename(data / "train" / "metadata.csv")
     assert train.main(flags(data, *TINY)) == 2

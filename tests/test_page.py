@@ -19,7 +19,7 @@ import cxr.files
 import evaluate
 import split_val
 import train
-from common import CLASSES
+from cxr.folders import CLASSES
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "--arch", "tinynet", "--weights", "random", "--views", "2", "--lr", "0.1"

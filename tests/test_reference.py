@@ -21,10 +21,12 @@ from torchvision.models._api import register_model
 
 import common
 import cxr.files
+import cxr.folders
+import cxr.patients
 import evaluate
 import split_val
 import train
-from common import CLASSES
+from cxr.folders import CLASSES
 
 
 class Lite0(nn.Module):
@@ -135,8 +137,8 @@ def evaluate_rows(folder):
 def test_names_tell_the_patients_of_the_reference_data(reference):
     counts = {}
     for split in ("train", "test"):
-        for path, label in common.list_split(reference, split):
-            counts.setdefault((split, label), set()).add(common.patient_of(path.name))
+        for path, label in cxr.folders.list_split(reference, split):
+            counts.setdefault((split, label), set()).add(cxr.patients.patient_of(path.name))
     found = {key: len(patients) for key, patients in counts.items()}
     assert found == {("train", 0): 148, ("train", 1): 148, ("test", 0): 50, ("test", 1): 43}
     assert None not in set.union(*counts.values())
@@ -193,7 +195,7 @@ def test_a_test_image_in_train_is_told(reference, tmp_path, capsys):
 
 
 def test_every_seed_gives_exactly_what_is_asked_of_whole_patients(xrays):
-    train = common.read_split(xrays, "train")["train"]
+    train = cxr.patients.read_split(xrays, "train")["train"]
     for seed in range(200):
         moved = split_val.choose_patients(train, 50, seed)
         assert [len(moved[name]) for name in CLASSES] == [50, 50]

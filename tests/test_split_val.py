@@ -14,11 +14,12 @@ from phantoms import draw_folder, draw_phantom
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from scipy.ndimage import gaussian_filter
 
-import common
 import cxr.errors
 import cxr.files
+import cxr.folders
+import cxr.patients
 import split_val
-from common import CLASSES, SPLIT_FILE
+from cxr.folders import CLASSES, SPLIT_FILE
 
 # every system call that changes the folder
 CALLS = ("rename", "replace", "fsync", "mkdir", "unlink", "rmdir")
@@ -65,7 +66,7 @@ def names(folder, split):
 
 
 def sizes(folder, split="val"):
-    return [len(common.list_images(folder / split / name)) for name in CLASSES]
+    return [len(cxr.folders.list_images(folder / split / name)) for name in CLASSES]
 
 
 def refused(folder, capsys, *flags):
@@ -83,7 +84,7 @@ def refused(folder, capsys, *flags):
 
 
 def test_no_patient_is_ever_on_both_sides_and_each_class_gets_what_was_asked(tree):
-    train = common.read_split(tree, "train")["train"]
+    train = cxr.patients.read_split(tree, "train")["train"]
     choices = set()
     for seed in range(50):
         moved = split_val.choose_patients(train, 5, seed)
@@ -177,7 +178,7 @@ def test_a_second_run_moves_nothing_and_undo_restores_the_identical_tree(tree, c
     record = cxr.files.read_json(tree / SPLIT_FILE)
     moved = names(tree, "val")
     assert record == {"seed": 0, "per_class": 5, "moved": moved, "patients": record["patients"]}
-    assert len(common.read_split(tree, "train", "val", "test")["val"]) == 10
+    assert len(cxr.patients.read_split(tree, "train", "val", "test")["val"]) == 10
     after = snapshot(tree)
     assert run(tree, "--per-class", 5) == 0
     assert "already split, 5 NORMAL and 5 PNEUMONIA images in val/" in capsys.readouterr().out
@@ -353,7 +354,7 @@ def test_a_half_finished_split_is_no_training_data(tree, capsys):
     file = names(tree, "val")["NORMAL"][0]
     (tree / "val" / "NORMAL" / file).rename(tree / "train" / "NORMAL" / file)
     with pytest.raises(cxr.errors.Failure, match=r"run split_val\.py again"):
-        common.read_split(tree, "train", "val")
+        cxr.patients.read_split(tree, "train", "val")
     assert "run split_val.py again" in refused(tree, capsys, "--check")
     assert run(tree) == 0
     assert sizes(tree) == [5, 5]
@@ -624,7 +625,7 @@ def test_the_check_finds_every_planted_fault_and_nothing_else(fair, capsys):
         target = folder / f"person9{source.name[6:]}"
         image.save(target, quality=quality)
         similar[pair(source, target)] = kind
-    patient = common.patient_of(normal[8].name)
+    patient = cxr.patients.patient_of(normal[8].name)
     child = sorted((test / "NORMAL").glob("person1??_virus_1*"))[0]
     child.rename(child.with_name(f"{patient}_999.jpeg"))  # a patient in train/ and test/
     sick[0].rename(sick[0].with_name("scan.jpeg"))
@@ -652,7 +653,7 @@ def test_the_check_finds_every_planted_fault_and_nothing_else(fair, capsys):
 def test_what_train_and_val_share_is_a_warning_and_what_test_shares_an_error(fair, capsys):
     assert run(fair, "--per-class", 10) == 0
     source = sorted((fair / "train" / "NORMAL").iterdir())[0]
-    image, patient = Image.open(source), common.patient_of(source.name)
+    image, patient = Image.open(source), cxr.patients.patient_of(source.name)
     for split, expected in (("val", "warnings"), ("test", "errors")):
         file = fair / split / "NORMAL" / f"{patient}_77.jpeg"
         image.save(file, quality=50)

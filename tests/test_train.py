@@ -17,6 +17,8 @@ from torchvision import transforms
 from torchvision.models import get_model
 
 import common
+import cxr.folders
+import cxr.patients
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,7 +107,7 @@ def test_the_checkpoint_loads_strictly_into_torchvision_and_gives_the_validation
     network.fc = nn.Linear(512, 1)
     network.load_state_dict(torch.load(tmp_path / "model.pth"), strict=True)
     network.eval()
-    images = common.read_split(split_phantoms, "val")["val"]
+    images = cxr.patients.read_split(split_phantoms, "val")["val"]
     to_pixels = transforms.Compose(
         [transforms.ToTensor(), transforms.Normalize(common.MEAN, common.STD)]
     )
@@ -149,11 +151,11 @@ def test_training_separates_what_is_separable_and_not_shuffled_labels(run, data,
     halves = [
         path
         for split in ("train", "val")
-        for name in common.CLASSES
+        for name in cxr.folders.CLASSES
         for path in sorted((data / split / name).iterdir())[::2]
     ]
     for path in halves:  # half of each class change sides
-        other = common.CLASSES[1 - common.CLASSES.index(path.parent.name)]
+        other = cxr.folders.CLASSES[1 - cxr.folders.CLASSES.index(path.parent.name)]
         path.rename(path.parent.parent / other / f"moved-{path.name}")
     assert run("--epochs", 30, "--arch", "resnet18", "--views", 1, data=data) == 0
     assert learned >= 0.9 > 0.8 > about(tmp_path)["val_accuracy"]
@@ -164,7 +166,7 @@ def test_training_separates_what_is_separable_and_not_shuffled_labels(run, data,
 
 def test_the_feature_loop_is_the_plain_loop(split_phantoms):
     """The same draws of the same views, once from features and once through the whole network."""
-    found = common.read_split(split_phantoms, "train", "val")
+    found = cxr.patients.read_split(split_phantoms, "train", "val")
     images = found["train"][12:28] + found["val"][6:18]
     labels = torch.tensor([float(image.label) for image in images])
     backbone = common.build_backbone("tinynet")
@@ -368,7 +370,7 @@ def test_cross_validation_does_not_leak_the_labels(run, data, tmp_path):
     """Where the features say nothing, held-out images are told no better than by chance."""
     rng = np.random.default_rng(1)
     for split in ("train", "val"):
-        for name in common.CLASSES:
+        for name in cxr.folders.CLASSES:
             for path in (data / split / name).iterdir():
                 noise = rng.integers(0, 255, (32, 32), dtype=np.uint8)
                 common.PIL.Image.fromarray(noise).save(path)
@@ -382,7 +384,7 @@ def test_folds_never_separate_a_patient_and_spread_the_classes():
     names += [f"IM-{i // 2:04d}-{i:04d}.jpeg" for i in range(60)]
     labels = torch.tensor([1.0] * 60 + [0.0] * 60)
     pairs = zip(names, labels, strict=True)
-    images = [common.identify(Path("train", name), int(y), {}) for name, y in pairs]
+    images = [cxr.patients.identify(Path("train", name), int(y), {}) for name, y in pairs]
     folds = train.split_folds(images, labels, 5, seed=0)
     assert sorted(torch.cat(folds).tolist()) == list(range(120))
     patients = [{images[row].group for row in rows} for rows in folds]
