@@ -12,9 +12,7 @@ import signal
 import sys
 import time
 from datetime import timedelta
-from functools import partial
 from importlib import metadata
-from statistics import NormalDist
 from typing import NamedTuple
 
 import cxr.decode  # first: it says what to do where a package is missing
@@ -400,102 +398,6 @@ def without_bad(images, bad, skip_bad):
 
 
 # ---------------------------------------------------------------- scores
-
-
-def distance(z):
-    """float32 (N,): how far features (N, width), standardised as those of training, are from them.
-
-    The root mean square over the features: about 1 for a training image.
-    """
-    return z.square().mean(1).sqrt()
-
-
-Z = NormalDist().inv_cdf(0.975)  # 95 % of a normal distribution lie between -Z and Z deviations
-SCORES = ("accuracy", "f1", "auroc", "average_precision", "sensitivity", "specificity")
-SCORES += ("ppv", "npv", "brier", "ece")
-
-
-def score(probs, labels, threshold, names=SCORES):
-    """{name: float, or None where a denominator is 0}.
-
-    probs: float32 (N,), P(PNEUMONIA); labels: int64 (N,). An image counts as PNEUMONIA above the
-    threshold, not at it. brier: mean squared error of the probability; ece: expected calibration
-    error, 15 bins of equal width (Guo et al. 2017).
-    """
-    import torchmetrics.functional.classification as tm
-
-    fast = {"validate_args": False}  # the bootstrap asks thousands of times
-    at = {"threshold": threshold, **fast}
-    functions = {
-        "accuracy": partial(tm.binary_accuracy, **at),
-        "f1": partial(tm.binary_f1_score, **at),
-        "auroc": partial(tm.binary_auroc, **fast),
-        "average_precision": partial(tm.binary_average_precision, **fast),
-        "sensitivity": partial(tm.binary_recall, **at),
-        "specificity": partial(tm.binary_specificity, **at),
-        "ppv": partial(tm.binary_precision, **at),
-        "npv": partial(tm.binary_negative_predictive_value, **at),
-        "brier": lambda probs, labels: (probs - labels).square().mean(),
-        "ece": partial(tm.binary_calibration_error, n_bins=15, **fast),
-    }
-    empty = {"ppv": not (probs > threshold).any(), "npv": not (probs <= threshold).any()}
-    return {
-        name: None if empty.get(name) else float(functions[name](probs, labels)) for name in names
-    }
-
-
-def proportion(right, patients):
-    """{value, low, high} of the mean of `right`: Wilson's score interval, 95 %; None for no image.
-
-    right: bool (n,), or float in [0, 1]; patients: (n,), whose images are alike. Where a patient
-    has several, n is the effective sample size: n over how many times larger the variance by
-    patients is than that of n independent images. Wilson (1927); Rao and Scott (1992).
-    """
-    n, right = len(right), np.asarray(right, np.float64)
-    if n == 0:
-        return {"value": None, "low": None, "high": None}
-    p = right.mean()
-    _, patient = np.unique(np.asarray(patients), return_inverse=True)
-    residuals, variance = np.bincount(patient, right - p), p * (1 - p) / n
-    clusters = len(residuals)
-    if variance > 0 and 1 < clusters < n:
-        by_patients = clusters / (clusters - 1) * np.square(residuals).sum() / n**2
-        n /= max(1, by_patients / variance)
-    elif clusters < n:
-        n = clusters
-    z = Z**2 / n
-    middle, reach = p + z / 2, np.sqrt(z * p * (1 - p) + z**2 / 4)
-    low, high = (middle - reach) / (1 + z), (middle + reach) / (1 + z)
-    return {"value": float(p), "low": float(min(low, p)), "high": float(max(high, p))}
-
-
-def fit_logistic(x, labels, offset, clusters):
-    """(coefficients (k,), their standard errors): logistic regression of labels (n,) on x (n, k).
-
-    offset: (n,), added to the logit. The errors are the sandwich's, images clustered by patient.
-    """
-    data = torch.as_tensor(x), torch.as_tensor(labels).double(), torch.as_tensor(offset)
-    beta = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
-    precise = {"tolerance_grad": 1e-9, "tolerance_change": 1e-12, "max_iter": 300}
-    optimizer = torch.optim.LBFGS([beta], line_search_fn="strong_wolfe", **precise)
-
-    def closure():
-        optimizer.zero_grad()
-        logits = data[0] @ beta + data[2]
-        loss = nn.functional.binary_cross_entropy_with_logits(logits, data[1], reduction="sum")
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    beta = beta.detach().numpy()
-    p = torch.sigmoid(torch.as_tensor(x @ beta + offset)).numpy()
-    bread = np.linalg.pinv((x * (p * (1 - p))[:, None]).T @ x)
-    _, patient = np.unique(clusters, return_inverse=True)
-    gradients = np.zeros((patient.max() + 1, x.shape[1]))
-    np.add.at(gradients, patient, x * (labels - p)[:, None])
-    c = len(gradients)
-    variance = bread @ (gradients.T @ gradients) @ bread * c / max(c - 1, 1)
-    return beta, np.sqrt(np.diag(variance))
 
 
 # ---------------------------------------------------------------- one number instead of a network

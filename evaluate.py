@@ -13,36 +13,31 @@ import argparse
 import base64
 import contextlib
 import copy
-import csv
 import html
 import math
 import sys
-import warnings
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import common  # first: it says what to do where a package is missing
-from common import Z, proportion
 
 # isort: split
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
-import scipy.stats
 import torch
 import torchmetrics.functional.classification as tm
-from scipy.special import expit, logit
 from torch import nn
 
+from cxr.bootstrap import DRAWS, INTERVALS, paired_differences
 from cxr.checkpoint import read_checkpoint
 from cxr.cli import FLAGS, RUN_FLAGS, Parser, add_flags, number, run
+from cxr.compare import COMPARED, compare
 from cxr.errors import SHOWN, Failure, warn
 from cxr.files import (
     hash_file,
-    read_csv,
     read_json,
     replacing,
     require_writable,
@@ -51,29 +46,21 @@ from cxr.files import (
     write_json,
 )
 from cxr.folders import CLASSES, COLOURS, image_suffixes, list_images, list_split
+from cxr.novelty import SHIFT, measure_unlike, warn_of_elsewhere
 from cxr.patients import METADATA, Film, identify_all, patient_of, read_metadata, read_split
-
-PROPORTIONS = ("accuracy", "sensitivity", "specificity", "ppv", "npv")
-COMPARED = ("accuracy", "f1", "auroc")
-DRAWS = 2000  # of the bootstrap
-PREVALENCES = 0.01, 0.05, 0.1, 0.2, 0.5
-INTERVALS = (
-    "95 %. Of {proportions}: Wilson's, with the effective sample size where patients have several "
-    "images. Of auroc and average_precision: Student's t on the logit, with the deviation of "
-    "{draws} bootstrap samples of patients within each class, seed {seed}. Of f1 and brier: BCa of "
-    "these samples. Of differences: 1.96 deviations of paired samples. Of the calibration's "
-    "intercept and slope: Wald's, the images clustered by patient. Of predictive values at another "
-    "prevalence: from the likelihood ratios, whose limits are MOVER's on Wilson's."
+from cxr.predictions import (
+    COLUMNS,
+    Table,
+    count_left_out,
+    count_patients,
+    read_predictions,
+    write_predictions,
 )
+from cxr.proportions import PREVALENCES, PROPORTIONS, at_prevalences, interval, opposite, proportion
+from cxr.scores import aurocs, below_chance, measure, measure_calibration, measure_subgroups
+
 N_WORST = 8  # images in worst.png
 N_NUMBERS = 2000  # training images whose numbers are compared, at most: milliseconds each
-# in a patient's name: (class, key, in words)
-SUBGROUPS = {
-    "_bacteria": (1, "bacteria", "bacterial pneumonia"),
-    "_virus": (1, "virus", "viral pneumonia"),
-    "IM-": (0, "IM", "films named IM-"),
-    "NORMAL2-IM-": (0, "NORMAL2-IM", "films named NORMAL2-IM-"),
-}
 NOT_ASSESSED = "age", "sex", "device"  # unless metadata.csv has a column of that name
 PACKAGES = ("torch", "torchvision", "torchmetrics", "scipy", "scikit-learn", "numpy", "pillow")
 STYLE = {"font.size": 9, "axes.titlesize": 9, "legend.frameon": False}
@@ -155,39 +142,6 @@ def choose_threshold(args, info, source):
     }
 
 
-COLUMNS = "file", "label", "probability", "prediction", "error", "unlike", "patient"
-
-
-class Table(NamedTuple):
-    """Predictions, in the columns of predictions.csv."""
-
-    files: list  # names, unique in a split
-    labels: list  # index into CLASSES, None for a new image
-    probs: np.ndarray  # float32 (N,), P(PNEUMONIA), nan where the image could not be read
-    errors: list  # why it could not be read, "" where it could
-    unlike: np.ndarray  # float32 (N,), above 1 where unlike the training images, nan if not known
-    patients: list  # None where nothing tells one
-    about: list  # {column: value} of metadata.csv
-
-    def readable(self):
-        """The Table of the images that could be read."""
-        return self.select([row for row, error in enumerate(self.errors) if not error])
-
-    def select(self, rows):
-        """The Table of these rows, labels as int64 (n,)."""
-        lists = {
-            name: [getattr(self, name)[row] for row in rows]
-            for name in ("files", "errors", "patients", "about")
-        }
-        labels = np.array([self.labels[row] for row in rows])
-        arrays = {"labels": labels, "probs": self.probs[rows], "unlike": self.unlike[rows]}
-        return Table(**lists, **arrays)
-
-    def clusters(self):
-        """[patient, or the file itself where nothing tells one]."""
-        return [patient or file for patient, file in zip(self.patients, self.files, strict=True)]
-
-
 def predict(model, images, names, args):
     """(the Table of the images, {row: reason} of unreadable ones, what metrics.json says on unlike
     images), in float32 on every device."""
@@ -218,339 +172,7 @@ def predict(model, images, names, args):
     return table, bad, group
 
 
-SHIFT, UNLIKE_P = 0.4, 0.001  # from where a group of images is said to come from elsewhere
-
-
-def warn_of_elsewhere(group):
-    if not group or not group["elsewhere"]:
-        return []
-    shift = "" if group["shift"] is None else f", and all are shifted by {group['shift']:.2f}"
-    return [
-        f"{group['over']} of {group['n']} images are unlike those of training (1 in 100 expected)"
-        f"{shift}: these images come from elsewhere (another machine, another framing, negatives): "
-        "threshold and probabilities may not hold for them; train on images of that source"
-    ]
-
-
-def measure_unlike(features, training):
-    """(how unlike the training images each image is, float32 (N,), what metrics.json says of all).
-
-    features: float32 (N, width); training: what model.json says of the training features. Above 1
-    is farther away than 99 % of the validation images. shift: by how many deviations a feature of
-    the group is off, the root mean square over the features, less what chance gives n images.
-    Photographs, noise and blur are told, negatives and other framings as a group; with random
-    weights only gross cases.
-    """
-    mean, std = (torch.tensor([float(x) for x in training[k].split()]) for k in ("mean", "std"))
-    z = (features - mean) / std
-    unlike = common.distance(z) / training["limit"]
-    n, over = len(unlike), int((unlike > 1).sum())
-    square = z.mean(0).square().mean().item()
-    shift = math.sqrt(max(square - 1 / n, 0)) if n >= 20 else None
-    p = scipy.stats.binomtest(over, n, 0.01, alternative="greater").pvalue
-    elsewhere = bool(p < UNLIKE_P or (shift or 0) >= SHIFT)
-    return unlike, {"n": n, "over": over, "p": float(p), "shift": shift, "elsewhere": elsewhere}
-
-
-def write_predictions(path, table, threshold):
-    columns = list(dict.fromkeys(column for about in table.about for column in about))
-    with replacing(path, "w") as file:
-        writer = csv.writer(file)
-        writer.writerow((*COLUMNS, *columns))
-        for name, label, prob, error, unlike, patient, about in zip(*table, strict=True):
-            found = ("", "") if error else (f"{prob:.9g}", CLASSES[int(prob > threshold)])
-            known = "" if math.isnan(unlike) else f"{unlike:.3f}"
-            label = "" if label is None else CLASSES[label]
-            others = (about.get(column, "") for column in columns)
-            writer.writerow((name, label, *found, error, known, patient or "", *others))
-
-
-def read_predictions(path):
-    """The Table in a predictions.csv; anything malformed is a Failure that names row and column."""
-
-    def wrong(row, column, expected, found):
-        where = f"{path}, row {row}, column {column}"
-        return Failure(f"{where}: expected {expected}, found {found!r:.60}")
-
-    columns, rows = read_csv(path, *COLUMNS[:3])
-    found = {}
-    for line, row in rows:
-        name, label, prob, _, error, unlike, patient = (row.get(key, "") for key in COLUMNS)
-        if not name or name in found:
-            raise wrong(line, "file", "a name that no other row has", name)
-        if label not in CLASSES:
-            raise wrong(line, "label", " or ".join(CLASSES), label)
-        try:
-            prob = math.nan if error else probability(prob)
-        except (ValueError, argparse.ArgumentTypeError):
-            raise wrong(line, "probability", "a number from 0 to 1", prob) from None
-        try:
-            unlike = float(unlike or math.nan)
-        except ValueError:
-            raise wrong(line, "unlike", "a number", unlike) from None
-        if "patient" not in columns:
-            patient = patient_of(Path(name).name)
-        about = {key: row[key] for key in columns if key not in COLUMNS and row[key]}
-        found[name] = CLASSES.index(label), prob, error, unlike, patient or None, about
-    if not found:
-        raise wrong(2, "file", "a row for each image", "")
-    labels, probs, errors, unlike, patients, about = map(list, zip(*found.values(), strict=True))
-    probs, unlike = np.array(probs, np.float32), np.array(unlike, np.float32)
-    return Table(list(found), labels, probs, errors, unlike, patients, about)
-
-
 # ---------------------------------------------------------------- scores with their intervals
-
-
-def bootstrap(table, statistic, seed, method):
-    """(scipy's bootstrap of statistic(rows) -> (k,), the number of patients of the smaller class).
-
-    Patients are drawn with all their images, as many of each class as there are. Images of one
-    patient are alike: drawn one by one they would give too narrow an interval.
-    """
-    patients = [{}, {}]
-    for row, (label, patient) in enumerate(zip(table.labels, table.clusters(), strict=True)):
-        patients[label].setdefault(patient, []).append(row)
-    rows_of = [list(rows.values()) for rows in patients]
-
-    def of_patients(*drawn):
-        rows = []
-        for units, patients in zip(drawn, rows_of, strict=True):
-            rows += [row for i in units for row in patients[i]]
-        return statistic(rows)
-
-    units = [np.arange(max(2, len(rows))) % len(rows) for rows in rows_of]  # scipy wants two
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")  # of scores without spread, which give nan
-        found = scipy.stats.bootstrap(
-            units, of_patients, vectorized=False, n_resamples=DRAWS, method=method, rng=seed
-        )
-    return found, min(map(len, rows_of))
-
-
-def measure(table, threshold, seed):
-    """({name: {value, low, high}}, counts) of all scores; a Failure where a class is missing."""
-    for label, name in enumerate(CLASSES):
-        if label not in table.labels:
-            raise Failure(f"no readable {name} image: expected both classes to score")
-    probs, labels = torch.from_numpy(table.probs), torch.from_numpy(table.labels)
-    values = common.score(probs, labels, threshold)
-    if not all(math.isfinite(value) for value in values.values() if value is not None):
-        raise Failure(f"a score is not finite: {values}", 3)
-    tn, fp, fn, tp = tm.binary_confusion_matrix(probs, labels, threshold).ravel().tolist()
-    metrics = {name: {"value": value, "low": None, "high": None} for name, value in values.items()}
-    positive, patients = table.probs > np.float32(threshold), np.array(table.clusters())
-    right = positive == (table.labels == 1)
-    sides = right | True, table.labels == 1, table.labels == 0, positive, ~positive
-    for name, side in zip(PROPORTIONS, sides, strict=True):
-        metrics[name] |= proportion(right[side], patients[side])
-
-    def statistic_of(*names):
-        return lambda rows: [*common.score(probs[rows], labels[rows], threshold, names).values()]
-
-    smooth = "auroc", "average_precision"
-    for name, each in zip(smooth, logit_intervals(table, statistic_of(*smooth), seed), strict=True):
-        metrics[name] = each
-    drawn, _ = bootstrap(table, statistic_of("f1", "brier"), seed, "BCa")
-    for name, low, high in zip(("f1", "brier"), *drawn.confidence_interval, strict=True):
-        if math.isfinite(low + high) and low < high:  # else all draws are alike
-            metrics[name] |= {"low": float(low), "high": float(high)}
-    return metrics, {"tp": tp, "fp": fp, "tn": tn, "fn": fn}
-
-
-def ratio(top, bottom):
-    """{value, low, high} of the ratio of two independent proportions, {value, low, high} each.
-
-    MOVER: the method of variance estimates recovery (Donner and Zou 2012). Infinite where the
-    bottom may be 0, nan where both are.
-    """
-    a, b = top["value"], bottom["value"]
-
-    def root(x, y):
-        x, y = x * (2 * a - x), y * (2 * b - y)
-        return x, y, a * b + math.sqrt(max((a * b) ** 2 - x * y, 0))
-
-    x, _, large = root(top["low"], bottom["high"])
-    low = x / large if large else 0.0
-    _, y, large = root(top["high"], bottom["low"])
-    high = large / y if y > 0 else math.inf
-    value = a / b if b else math.inf if a else math.nan
-    return {"value": value, "low": low, "high": high}
-
-
-def at_prevalences(metrics, prevalences):
-    """[{prevalence, ppv, npv}] where other shares of the images are PNEUMONIA.
-
-    The odds before the test times the likelihood ratio are the odds after it.
-    """
-    sensitivity, specificity = metrics["sensitivity"], metrics["specificity"]
-    positive = ratio(sensitivity, opposite(specificity))
-    negative = ratio(opposite(sensitivity), specificity)
-    found = []
-    for prevalence in sorted(set(prevalences)):
-        before = prevalence / (1 - prevalence)
-        ppv = {key: 1 - 1 / (1 + before * value) for key, value in positive.items()}
-        npv = opposite({key: 1 - 1 / (1 + before * value) for key, value in negative.items()})
-        found.append({"prevalence": prevalence, "ppv": ppv, "npv": npv})
-        for each in (ppv, npv):
-            each |= {key: None for key, value in each.items() if math.isnan(value)}
-    return found
-
-
-def opposite(share):
-    """1 - a share, {value, low, high}."""
-    others = {"value": "value", "low": "high", "high": "low"}
-    return {key: 1 - share[other] for key, other in others.items()}
-
-
-def logit_intervals(table, statistic, seed):
-    """[{value, low, high}] of statistic(rows) -> (k,) in (0, 1): Student's t on the logit.
-
-    Its deviation is the bootstrap's. Percentiles, BCa's too, hold an AUROC of few patients too
-    rarely: 89 % where 95 are wanted, 20 % PNEUMONIA and three images a patient; this holds 96.
-    """
-    (drawn, m), found = bootstrap(table, statistic, seed, "percentile"), []
-    for value, sd in zip(statistic(range(len(table.files))), drawn.standard_error, strict=True):
-        found.append({"value": float(value), "low": None, "high": None})
-        if sd > 1e-6:  # else all draws are alike
-            sd *= math.sqrt(m / max(m - 1, 1)) / (value * (1 - value))
-            reach = scipy.stats.t.ppf(0.975, max(m - 1, 1)) * sd
-            low, high = expit(logit(value) - reach), expit(logit(value) + reach)
-            found[-1] |= {"low": float(low), "high": float(high)}
-    return found
-
-
-def paired_differences(table, differences, seed):
-    """[{value, low, high}] of differences(rows) -> (k,), of scores on the same drawn patients."""
-    drawn, _ = bootstrap(table, differences, seed, "percentile")
-    values = differences(range(len(table.files)))
-    return [wald(*each) for each in zip(values, drawn.standard_error, strict=True)]
-
-
-def wald(value, error):
-    """{value, low, high}: 1.96 standard errors to each side; None for what is not finite, or not
-    known: an error of 0 about a difference."""
-    if not math.isfinite(value + error):
-        return {"value": None, "low": None, "high": None}
-    if error < 1e-9 < abs(value):
-        return {"value": float(value), "low": None, "high": None}
-    low, high = value - Z * error, value + Z * error
-    return {"value": float(value), "low": float(low), "high": float(high)}
-
-
-def measure_subgroups(table, threshold, seed):
-    """{name: {group, metric, n, value, low, high}} by names, and by the columns of metadata.csv.
-
-    Names: the etiologies and series of the reference data. Columns: those of 2 to 10 values.
-    """
-    positive, parts = table.labels == 1, {}
-    names = [patient_of(Path(file).name) or "" for file in table.files]
-    for part, (label, key, group) in SUBGROUPS.items():
-        inside = np.array([name.startswith(part) or name.endswith(part) for name in names])
-        parts[key] = group, ("specificity", "sensitivity")[label], inside & (positive == label)
-    for column in dict.fromkeys(key for about in table.about for key in about):
-        values = np.array([about.get(column, "") for about in table.about])
-        known = sorted(set(values) - {""})
-        for value in known if 2 <= len(known) <= 10 else ():
-            group, inside = f"{column} {value}", values == value
-            parts[f"{group}, sensitivity"] = group, "sensitivity", inside & positive
-            parts[f"{group}, specificity"] = group, "specificity", inside & ~positive
-            parts[f"{group}, auroc"] = group, "auroc", inside
-    found = {}
-    for name, (group, metric, inside) in parts.items():
-        part = table.select(np.flatnonzero(inside))
-        if metric == "auroc" and len(set(part.labels)) == 2:
-
-            def auroc(rows, part=part):
-                return aurocs(part.probs[None, rows], part.labels[rows])
-
-            (interval_of,) = logit_intervals(part, auroc, seed)
-        elif metric != "auroc" and part.files:
-            right = (part.probs > threshold) == part.labels
-            interval_of = proportion(right, part.clusters())
-        else:
-            continue
-        found[name] = {"group": group, "metric": metric, "n": len(part.files)} | interval_of
-    return found
-
-
-def measure_calibration(table, model):
-    """What metrics.json says about calibration; model: what it says about the model.
-
-    intercept: calibration in the large, the shift of the logits that makes the mean probability
-    right, 0 if it is; slope: their factor, 1 if right, below 1 where scores are too extreme (Cox
-    1958; Van Calster et al. 2019). ece and brier with Platt's slope and intercept and, undone on
-    the logits, without them.
-    """
-    labels, clusters = table.labels, table.clusters()
-    # a float32 of 1.0 may have been 1 - 2**-25
-    logits = logit(np.clip(table.probs.astype(np.float64), 1e-12, 1 - 2.0**-25))
-    ones = np.ones(len(labels))
-    shift, shift_error = common.fit_logistic(ones[:, None], labels, logits, clusters)
-    line, line_error = common.fit_logistic(np.column_stack([logits, ones]), labels, 0, clusters)
-    found = {"intercept": wald(shift[0], shift_error[0]), "slope": wald(line[0], line_error[0])}
-    positive, negative = logits[labels == 1], logits[labels == 0]
-    if positive.min() >= negative.max() or positive.max() <= negative.min():
-        found["slope"] = wald(math.nan, math.nan)  # separated, or all alike: any slope fits
-    slope, intercept = model.get("slope") or 1.0, model.get("intercept") or 0.0
-    before = expit((logits - intercept) / slope).astype(np.float32)
-    for name, probs in (("with", table.probs), ("without", before)):
-        scores = common.score(torch.from_numpy(probs), torch.from_numpy(labels), 0.5)
-        found[name] = {"ece": scores["ece"], "brier": scores["brier"]}
-    return found | {"platt": {"slope": slope, "intercept": intercept}}
-
-
-def compare(args, table, threshold, seed):
-    """What metrics.json says about the difference to args.compare, of the same images."""
-    other, report = read_predictions(args.compare).readable(), report_beside(args.compare)
-    other_threshold = choose_threshold(args, report, args.compare)["threshold"]
-    if odd := sorted(set(table.files) ^ set(other.files)):
-        expected = f"expected the same {len(table.files)} images"
-        raise Failure(f"{args.compare}: {expected}, {len(odd)} are in one only, as {odd[0]}")
-    row = {file: i for i, file in enumerate(other.files)}
-    order = [row[file] for file in table.files]
-    if (odd := table.labels != other.labels[order]).any():
-        raise Failure(f"{args.compare}: {table.files[odd.argmax()]} has another label there")
-    other = table._replace(probs=other.probs[order])
-    labels, mine, theirs = map(torch.from_numpy, (table.labels, table.probs, other.probs))
-
-    def differences(rows):
-        here = common.score(mine[rows], labels[rows], threshold, COMPARED)
-        there = common.score(theirs[rows], labels[rows], other_threshold, COMPARED)
-        return [here[name] - there[name] for name in COMPARED]
-
-    right_here = (table.probs > threshold) == table.labels
-    right_there = (other.probs > other_threshold) == table.labels
-    found = paired_differences(table, differences, seed)
-    metrics, _ = measure(other, other_threshold, seed)
-    return {
-        "with": str(args.compare),
-        "model": report.get("model"),
-        "threshold": other_threshold,
-        "other": {name: metrics[name] for name in COMPARED},
-        "difference": dict(zip(COMPARED, found, strict=True)),
-        "right_only_here": int((right_here & ~right_there).sum()),
-        "right_only_there": int((right_there & ~right_here).sum()),
-    } | sign_test(right_here, right_there, table.clusters(), seed)
-
-
-def sign_test(right_here, right_there, clusters, seed):
-    """{p_value, test} that one model is right as often as the other, of bool (n,).
-
-    Each patient counts once, with the net number of images that are right only here. Where that is
-    1 or -1 at most, flipping the signs is McNemar's exact test.
-    """
-    _, patient = np.unique(clusters, return_inverse=True)
-    net = np.bincount(patient, right_here.astype(float) - right_there)
-    net = net[net != 0]
-    if len(net) == 0:
-        return {"p_value": 1.0, "test": "no patient differs"}
-    if np.abs(net).max() == 1:
-        p = scipy.stats.binomtest(int((net > 0).sum()), len(net)).pvalue
-        return {"p_value": float(p), "test": "McNemar's exact test"}
-    flips = {"permutation_type": "samples", "n_resamples": 9999, "rng": seed}
-    found = scipy.stats.permutation_test((net,), np.sum, **flips)
-    return {"p_value": float(found.pvalue), "test": "sign flips of the patients' net differences"}
 
 
 # ---------------------------------------------------------------- doubts: leaks, one number instead
@@ -663,14 +285,6 @@ def read_numbers(images):
     return names, np.array([list(each.values()) for each, _ in rows]), [label for _, label in rows]
 
 
-def aurocs(scores, labels):
-    """float (k,): the AUROC of each row of scores (k, n), by Mann and Whitney's ranks."""
-    n_positive = labels.sum()
-    above = scipy.stats.rankdata(scores, axis=1)[:, labels == 1].sum(1)
-    pairs = n_positive * (len(labels) - n_positive)
-    return (above - n_positive * (n_positive + 1) / 2) / pairs
-
-
 # ---------------------------------------------------------------- class activation maps
 
 
@@ -752,19 +366,6 @@ def write_overlays(folder, model, images, table):
 
 
 # ---------------------------------------------------------------- pictures
-
-
-def interval(metric):
-    """A value with its interval, as text."""
-
-    def shown(value):
-        return "<0.001" if 0 < value < 0.0005 else f"{value:.3f}"
-
-    if metric["value"] is None:
-        return "undefined"
-    if metric["low"] is None:
-        return shown(metric["value"])
-    return f"{shown(metric['value'])} ({shown(metric['low'])} to {shown(metric['high'])})"
 
 
 def mark(ax, x, y, label=None):
@@ -1092,7 +693,8 @@ def summarise(report, table, args):
     """The report with every number of a table of predictions."""
     readable, threshold = table.readable(), report["threshold"]
     metrics, counts = measure(readable, threshold, args.seed)
-    groups = measure_subgroups(readable, threshold, args.seed)
+    names = [patient_of(Path(file).name) or "" for file in readable.files]
+    groups = measure_subgroups(readable, names, threshold, args.seed)
     drawn = {name: each for name, each in metrics.items() if name not in PROPORTIONS}
     about = {"proportions": ", ".join(PROPORTIONS), "draws": DRAWS, "seed": args.seed}
     return report | {
@@ -1112,29 +714,17 @@ def summarise(report, table, args):
         "not_assessed": [n for n in NOT_ASSESSED if not any(g.startswith(f"{n} ") for g in groups)],
         "calibration": measure_calibration(readable, report["model"] or {}),
         "warnings": list(dict.fromkeys(report["warnings"] + below_chance(metrics["auroc"]))),
-        "comparison": compare(args, readable, threshold, args.seed) if args.compare else None,
+        "comparison": compare_with(args, readable, threshold) if args.compare else None,
         "versions": versions(*PACKAGES),
     }
 
 
-def count_patients(table):
-    """{class: patients}."""
-    pairs = set(zip(table.labels.tolist(), table.clusters(), strict=True))
-    return {name: sum(label == y for y, _ in pairs) for label, name in enumerate(CLASSES)}
-
-
-def count_left_out(table, model):
-    """{split/class: unreadable images}, of training and of the images that are scored."""
-    names = [name for name, error in zip(table.files, table.errors, strict=True) if error]
-    names = dict.fromkeys([*model.get("skipped", []), *names])
-    return Counter(Path(name).parent.as_posix() for name in names)
-
-
-def below_chance(auroc):
-    """A warning where the scores are worse than a coin, which no honest mistake makes them."""
-    if (auroc["value"] if auroc["high"] is None else auroc["high"]) >= 0.5:
-        return []
-    return [f"AUROC {interval(auroc)} is far below chance: are the class folders swapped?"]
+def compare_with(args, table, threshold):
+    """What metrics.json says about the difference to args.compare, of the same images."""
+    other, report = read_predictions(args.compare).readable(), report_beside(args.compare)
+    other_threshold = choose_threshold(args, report, args.compare)["threshold"]
+    about = {"with": str(args.compare), "model": report.get("model"), "threshold": other_threshold}
+    return about | compare(table, other, threshold, other_threshold, args.compare, args.seed)
 
 
 def write_report(folder, report, table, pictures):

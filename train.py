@@ -9,7 +9,6 @@ doubtful_labels.csv and doubtful_labels.png instead.
     python train.py --folds 5 --repeats 5
 """
 
-import argparse
 import contextlib
 import copy
 import csv
@@ -24,7 +23,6 @@ from typing import NamedTuple
 import common  # first: it says what to do where a package is missing
 
 # isort: split
-import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
@@ -33,12 +31,16 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
+from cxr.calibration import calibrate, fit_threshold, threshold_rule
 from cxr.checkpoint import load_weights, save_checkpoint
 from cxr.cli import RUN_FLAGS, Parser, add_flags, number, run
-from cxr.errors import Failure, warn
+from cxr.errors import Failure
 from cxr.files import replacing, require_writable, save_figure, versions, write_json
 from cxr.folders import CLASSES, COLOURS, SPLIT_FILE
+from cxr.novelty import describe_features
 from cxr.patients import read_split
+from cxr.proportions import score_shares
+from cxr.scores import SCORES, score
 
 # ---------------------------------------------------------------- weights
 
@@ -218,55 +220,6 @@ def one_thread():
 # ---------------------------------------------------------------- calibration, threshold
 
 
-def calibrate(logits, labels):
-    """(slope, intercept): sigmoid(slope * logit + intercept) is the calibrated probability.
-
-    Platt scaling (1999): logistic regression of the validation labels on their logits, towards his
-    targets (n+ + 1)/(n+ + 2) and 1/(n- + 2), which keep it finite where the logits separate the
-    classes. An intercept is needed because pos_weight trains for equal shares of the classes.
-    """
-    n_positive, n = labels.sum().item(), len(labels)
-    targets = np.where(labels > 0.5, (n_positive + 1) / (n_positive + 2), 1 / (n - n_positive + 2))
-    x = np.column_stack([logits, np.ones(n)]).astype(np.float64)
-    slope, intercept = map(float, common.fit_logistic(x, targets, 0, range(n))[0])
-    if slope <= 0:
-        warn("not calibrated: PNEUMONIA images of val/ do not score higher than NORMAL ones")
-        return 1.0, 0.0
-    return slope, intercept
-
-
-def fit_threshold(rule, probs, labels):
-    """The probability above which an image counts as PNEUMONIA, by a rule on the validation set.
-
-    A number is itself. youden: the largest sensitivity + specificity - 1 (Youden 1950).
-    sensitivity=S: the highest threshold that finds at least the share S of the PNEUMONIA images.
-    Between two scores, the middle is taken.
-    """
-    if isinstance(rule, float):
-        return rule
-    scores = probs.unique()
-    middles = (scores[1:] + scores[:-1]) / 2
-    middles = torch.where(middles < scores[1:], middles, scores[:-1])  # of neighbours in float32
-    cuts = torch.cat([scores[:1] / 2, middles])
-    above = probs[None] > cuts[:, None]
-    sensitivity = above[:, labels > 0.5].double().mean(1)
-    if rule == "youden":
-        false_alarms = above[:, labels < 0.5].double().mean(1)
-        return cuts[(sensitivity - false_alarms).argmax()].item()
-    return cuts[sensitivity >= float(rule.partition("=")[2])].max().item()
-
-
-def threshold_rule(text):
-    """argparse type of --threshold: a float in [0, 1], "youden" or "sensitivity=S"."""
-    if text == "youden":
-        return text
-    with contextlib.suppress(ValueError):
-        if 0 <= (share := float(text.removeprefix("sensitivity="))) <= 1:
-            return text if text.startswith("sensitivity=") else share
-    expected = "expected a number from 0 to 1, youden or sensitivity=0.95"
-    raise argparse.ArgumentTypeError(f"{expected}, found {text}")
-
-
 # ---------------------------------------------------------------- data and outputs
 
 
@@ -295,37 +248,8 @@ def load_features(backbone, images, n_views, args, device, dtype, compiled=False
     return features[kept] if bad else features, images, skipped
 
 
-def describe_features(views, val_features):
-    """For model.json: by which evaluate.py tells an image that is unlike those of training.
-
-    views: float32 (N, n_views, width), of which the first is the image; val_features: (M, width).
-    """
-    standardize = Standardize(views[:, :1])
-
-    def in_a_line(values):
-        return " ".join(f"{x:.4g}" for x in values.tolist())
-
-    return {
-        "mean": in_a_line(standardize.mean),
-        "std": in_a_line(standardize.std),
-        "limit": common.distance(standardize(val_features)).quantile(0.99).item(),
-    }
-
-
 def labels_of(images):
     return torch.tensor([float(image.label) for image in images])
-
-
-def score_shares(positive, labels, images):
-    """{accuracy, sensitivity, specificity: {value, low, high}} of predictions (..., N).
-
-    Several of an image, those of repeats, count as their mean. On val no test result: it stopped
-    the training, and chose the threshold where a rule did.
-    """
-    right = (positive == (labels > 0.5)).double().reshape(-1, len(labels)).mean(0).numpy()
-    patients, y = np.array([i.patient or str(i.path) for i in images]), labels.numpy()
-    sides = {"accuracy": y >= 0, "sensitivity": y > 0.5, "specificity": y < 0.5}
-    return {name: common.proportion(right[side], patients[side]) for name, side in sides.items()}
 
 
 def describe(args, backbone, best, heads, images, skipped):
@@ -479,27 +403,25 @@ def cross_validate(args):
                     [rows for rows in folds if rows is not val and rows is not held_out]
                 )
                 probs[held_out], epoch = held_out_probs(*data, train, val, held_out, args, seed)
-                by_fold.append(
-                    common.score(probs[held_out], labels[held_out].long(), args.threshold)
-                )
+                by_fold.append(score(probs[held_out], labels[held_out].long(), args.threshold))
                 epochs.append(epoch)
                 bar.update()
             by_repeat.append(probs)
         if found["val"]:
             train, val = torch.arange(len(labels)).split([n_train, len(labels) - n_train])
             probs, single["epoch"] = held_out_probs(*data, train, val, val, args, args.seed)
-            single |= common.score(probs, labels[val].long(), args.threshold)
+            single |= score(probs, labels[val].long(), args.threshold)
 
     probs = torch.stack(by_repeat)
     shares = score_shares(probs > args.threshold, labels, images)
-    pooled = [common.score(each, labels.long(), args.threshold) for each in probs]
+    pooled = [score(each, labels.long(), args.threshold) for each in probs]
     metrics = {
         name: {"value": summary([scores[name] for scores in pooled])["mean"]}
         | {"low": None, "high": None}
         | shares.get(name, {})
         | summary([scores[name] for scores in by_fold])
         | {"single_split": single.get(name)}
-        for name in common.SCORES
+        for name in SCORES
     }
     epochs = summary(epochs) | {"single_split": single.get("epoch")}
     print_cross_validation(metrics, epochs, len(labels), args)
@@ -640,7 +562,10 @@ def train(args):
     fitted["at_threshold"] = score_shares(probs > threshold, labels, val_images)
     images = {"train": train_images, "val": val_images}
     described = describe(args, backbone, best, heads, images, skipped + val_skipped) | fitted
-    described["features"] = describe_features(views, features)
+    standardize = Standardize(views[:, :1])
+    described["features"] = describe_features(
+        standardize.mean, standardize.std, standardize(features)
+    )
     save_checkpoint(args.checkpoint, backbone, best.head, described)
     write_history(args.results_dir / "history.csv", best.history)
     scores = ", ".join(

@@ -23,9 +23,13 @@ from torch import nn
 from torchvision.models import get_model
 
 import common
+import cxr.bootstrap
+import cxr.compare
 import cxr.files
 import cxr.folders
 import cxr.patients
+import cxr.predictions
+import cxr.scores
 import evaluate
 import train
 from cxr.folders import CLASSES
@@ -46,7 +50,7 @@ def pictures():
 @pytest.fixture(autouse=True)
 def quick(request, monkeypatch):
     """Few draws of the bootstrap: 2000 take seconds, and only their number differs."""
-    monkeypatch.setattr(evaluate, "DRAWS", 40)
+    monkeypatch.setattr(cxr.bootstrap, "DRAWS", 40)
     if "pictures" not in request.fixturenames:
         monkeypatch.setattr(evaluate, "draw_pictures", lambda *_: None)
         monkeypatch.setattr(evaluate, "draw_worst", lambda *_: None)
@@ -71,7 +75,7 @@ def scored(split_phantoms, trained, tmp_path_factory):
     flags = ["--data-dir", split_phantoms, "--checkpoint", trained / "model.pth"]
     flags += ["--results-dir", folder, "--cache-dir", trained / "cache", "--device", "cpu"]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(screen):
-        patch.setattr(evaluate, "DRAWS", 40)
+        patch.setattr(cxr.bootstrap, "DRAWS", 40)
         assert evaluate.main([str(flag) for flag in flags]) == 0
     return folder, screen.getvalue()
 
@@ -151,7 +155,9 @@ def table_of(files, labels, probs):
     probs = np.asarray(probs, np.float32)
     patients, unlike = [cxr.patients.patient_of(file) for file in files], np.ones_like(probs)
     about, errors = [{} for _ in files], [""] * len(labels)
-    return evaluate.Table(list(files), np.asarray(labels), probs, errors, unlike, patients, about)
+    return cxr.predictions.Table(
+        list(files), np.asarray(labels), probs, errors, unlike, patients, about
+    )
 
 
 def plain_network(path):
@@ -300,10 +306,10 @@ def by_scikit_learn(labels, probs, threshold):
     }
 
 
-true_score = common.score
+true_score = cxr.scores.score
 
 
-def quick_score(probs, labels, threshold, names=common.SCORES):
+def quick_score(probs, labels, threshold, names=cxr.scores.SCORES):
     """common.score of the bootstrap's draws in numpy: ten times as quick, for simulations."""
     if len(names) > 2:
         return true_score(probs, labels, threshold, names)
@@ -320,11 +326,11 @@ def quick_score(probs, labels, threshold, names=common.SCORES):
 
 
 def test_every_number_equals_scikit_learn_and_scipy_on_100_score_vectors(monkeypatch):
-    monkeypatch.setattr(evaluate, "DRAWS", 5)
-    monkeypatch.setattr(common, "score", quick_score)
+    monkeypatch.setattr(cxr.bootstrap, "DRAWS", 5)
+    monkeypatch.setattr(cxr.scores, "score", quick_score)
     for case, (labels, probs, threshold) in enumerate(score_vectors()):
         files = [f"{i}.png" for i in range(len(labels))]
-        metrics, counts = evaluate.measure(table_of(files, labels, probs), threshold, 0)
+        metrics, counts = cxr.scores.measure(table_of(files, labels, probs), threshold, 0)
         expected = by_scikit_learn(labels, probs, threshold)
         assert metrics.keys() == expected.keys()
         for name, value in expected.items():
@@ -367,17 +373,17 @@ DESIGNS = [(40, 40, 1), (60, 15, 1), (30, 30, 3)]  # equal classes, 1 to 4, thre
 
 
 def test_the_intervals_of_the_scores_hold_the_truth_as_often_as_they_say(monkeypatch):
-    monkeypatch.setattr(evaluate, "DRAWS", 100)
-    monkeypatch.setattr(common, "score", quick_score)
+    monkeypatch.setattr(cxr.bootstrap, "DRAWS", 100)
+    monkeypatch.setattr(cxr.scores, "score", quick_score)
     rng, runs = np.random.default_rng(0), 40
     pooled = dict.fromkeys(("auroc", "average_precision", "f1", "brier"), 0)
     for normal, pneumonia, each in DESIGNS:
         (whole,) = simulate(rng, 1000 * normal, 1000 * pneumonia)
-        truth = common.score(torch.from_numpy(whole.probs), torch.from_numpy(whole.labels), 0.5)
+        truth = cxr.scores.score(torch.from_numpy(whole.probs), torch.from_numpy(whole.labels), 0.5)
         hits = dict.fromkeys(pooled, 0)
         for seed in range(runs):
             (table,) = simulate(rng, normal, pneumonia, each)
-            metrics, _ = evaluate.measure(table, 0.5, seed)
+            metrics, _ = cxr.scores.measure(table, 0.5, seed)
             for name in hits:
                 hits[name] += metrics[name]["low"] <= truth[name] <= metrics[name]["high"]
         for name, count in hits.items():
@@ -389,7 +395,7 @@ def test_the_intervals_of_the_scores_hold_the_truth_as_often_as_they_say(monkeyp
 
 
 def test_the_intervals_of_paired_differences_hold_the_truth(monkeypatch):
-    monkeypatch.setattr(evaluate, "DRAWS", 60)
+    monkeypatch.setattr(cxr.bootstrap, "DRAWS", 60)
     rng, runs, widths, held = np.random.default_rng(1), 40, [], []
     for design in DESIGNS:
         hits = 0
@@ -402,7 +408,7 @@ def test_the_intervals_of_paired_differences_hold_the_truth(monkeypatch):
                 sums = ranks[:, labels].mean(1) / (~labels).sum()
                 return sums[:1] - sums[1:]
 
-            (found,) = evaluate.paired_differences(here, differences, seed)
+            (found,) = cxr.bootstrap.paired_differences(here, differences, seed)
             hits += found["low"] <= 0 <= found["high"]
             widths.append(found["high"] - found["low"])
         held.append(hits / runs)
@@ -427,7 +433,7 @@ def test_the_sign_test_is_mcnemar_s_at_one_image_a_patient():
     for n, here, there in [(9, 0, 0), (9, 0, 1), (9, 1, 1), (9, 5, 0), (40, 3, 9), (900, 400, 480)]:
         right = np.zeros((2, n), bool)
         right[0, :here] = right[1, here : here + there] = True
-        found = evaluate.sign_test(*right, [f"{i}.png" for i in range(n)], 0)
+        found = cxr.compare.sign_test(*right, [f"{i}.png" for i in range(n)], 0)
         expected = scipy.stats.binomtest(here, here + there).pvalue if here + there else 1.0
         assert found["p_value"] == pytest.approx(expected, rel=1e-9)
 
@@ -439,7 +445,7 @@ def test_the_sign_test_counts_patients_where_their_images_are_alike():
         right = [np.repeat(each == (np.arange(80) >= 40), 3) for each in (here, there)]
         odd = rng.random((2, 240)) < 0.02  # nearly alike
         right = [each ^ other for each, other in zip(right, odd, strict=True)]
-        found = evaluate.sign_test(*right, np.repeat(np.arange(80), 3), seed)
+        found = cxr.compare.sign_test(*right, np.repeat(np.arange(80), 3), seed)
         rejected += found["p_value"] < 0.05
         only = (right[0] & ~right[1]).sum(), (right[1] & ~right[0]).sum()
         by_image += scipy.stats.binomtest(int(only[0]), int(sum(only)) or 1).pvalue < 0.05
@@ -455,7 +461,7 @@ def test_the_calibration_of_calibrated_scores_is_0_and_1(patients, share, each):
     for _ in range(runs):
         n = int(rng.binomial(patients, share))
         (table,) = simulate(rng, patients - n, n, each, odds=share / (1 - share))
-        found = evaluate.measure_calibration(table, {})
+        found = cxr.scores.measure_calibration(table, {})
         for name, right in (("intercept", 0), ("slope", 1)):
             hits[name] += found[name]["low"] <= right <= found[name]["high"]
     for name, count in hits.items():
@@ -467,7 +473,7 @@ def test_the_slope_is_scikit_learn_s_and_shifted_or_extreme_scores_are_told(shif
     (table,) = simulate(np.random.default_rng(3), 400, 200)
     logits = factor * logit(table.probs.astype(float)) + shift
     table = table._replace(probs=expit(logits).astype(np.float32))
-    found = evaluate.measure_calibration(table, {})
+    found = cxr.scores.measure_calibration(table, {})
     logits = logit(table.probs.astype(float))
     model = sklearn.linear_model.LogisticRegression(C=1e10, tol=1e-10)
     model.fit(logits[:, None], table.labels)
@@ -819,7 +825,7 @@ def test_new_images_get_a_table_and_an_unreadable_one_its_error(run, data, tmp_p
     assert path.read_bytes() == earlier  # a run that fails leaves it alone
     assert run(folder, good, "--skip-bad", "--cam", "maps") == 0
     captured, rows = capsys.readouterr(), read_rows(path)
-    assert list(rows[0]) == list(evaluate.COLUMNS)
+    assert list(rows[0]) == list(cxr.predictions.COLUMNS)
     names = [str(folder / name) for name in ("bad.jpg", "large.png", "small.bmp")]
     assert [row["file"] for row in rows] == [*names, str(good)]
     assert rows[0]["error"] == "a web page, not an image"
@@ -978,7 +984,7 @@ def test_compare_gives_the_paired_differences_whatever_the_order_of_the_rows(tmp
     right = [(here.probs > 0.5) == labels, (there.probs > np.float32(0.3)) == labels]
     only = [int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())]
     assert [found["right_only_here"], found["right_only_there"]] == only
-    assert found["p_value"] == evaluate.sign_test(*right, here.clusters(), 0)["p_value"]
+    assert found["p_value"] == cxr.compare.sign_test(*right, here.clusters(), 0)["p_value"]
     assert f"{only[0]} images are right only here, {only[1]} only there" in screen
 
 

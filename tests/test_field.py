@@ -34,6 +34,7 @@ import cxr.errors
 import cxr.files
 import cxr.folders
 import cxr.patients
+import cxr.predictions
 import evaluate
 import split_val
 import train
@@ -428,7 +429,7 @@ def test_a_checkpoint_in_a_known_wrapping_is_taken_as_the_plain_one(kind, data, 
         torch.save(state, tmp_path / f"{name}.pth")
         more = "--checkpoint", tmp_path / f"{name}.pth", "--arch", "tinynet"
         assert evaluate.main(flags(data, *more, "--results-dir", tmp_path / name)) == 0
-        table = evaluate.read_predictions(tmp_path / name / "predictions.csv")
+        table = cxr.predictions.read_predictions(tmp_path / name / "predictions.csv")
         probs.append(table.probs)
         weights = "--weights", tmp_path / f"{name}.pth", "--epochs", 1
         assert train.main(flags(data, *TINY, *weights)) == 0
@@ -589,7 +590,7 @@ def test_make_tells_an_old_python_and_makes_the_environment_anew_for_another(nam
 def test_pictures_from_elsewhere_are_told_one_by_one_and_as_a_group(data, tmp_path, flags, capsys):
     assert train.main(flags(data, *TINY)) == evaluate.main(flags(data)) == 0
     report = cxr.files.read_json(tmp_path / "results" / "metrics.json")
-    table = evaluate.read_predictions(tmp_path / "results" / "predictions.csv")
+    table = cxr.predictions.read_predictions(tmp_path / "results" / "predictions.csv")
     info = cxr.files.read_json(tmp_path / "model.json")["features"]
     mean, std = (np.array(info[name].split(), float) for name in ("mean", "std"))
     images = cxr.patients.read_split(data, "test")["test"]

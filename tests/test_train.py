@@ -17,6 +17,7 @@ from torchvision import transforms
 from torchvision.models import get_model
 
 import common
+import cxr.calibration
 import cxr.folders
 import cxr.patients
 import train
@@ -310,10 +311,10 @@ def test_ctrl_c_before_the_first_epoch_leaves_the_old_model(run, tmp_path, monke
 def test_thresholds_follow_their_rule():
     probs = torch.tensor([0.1, 0.2, 0.6, 0.3, 0.7, 0.8, 0.9, 0.95])
     labels = torch.tensor([0.0, 0, 0, 1, 1, 1, 1, 1])
-    assert train.fit_threshold(0.4, probs, labels) == 0.4
-    assert train.fit_threshold("youden", probs, labels) == pytest.approx(0.65)
-    assert train.fit_threshold("sensitivity=0.8", probs, labels) == pytest.approx(0.65)
-    assert train.fit_threshold("sensitivity=1", probs, labels) == pytest.approx(0.25)
+    assert cxr.calibration.fit_threshold(0.4, probs, labels) == 0.4
+    assert cxr.calibration.fit_threshold("youden", probs, labels) == pytest.approx(0.65)
+    assert cxr.calibration.fit_threshold("sensitivity=0.8", probs, labels) == pytest.approx(0.65)
+    assert cxr.calibration.fit_threshold("sensitivity=1", probs, labels) == pytest.approx(0.25)
 
 
 def test_a_fitted_threshold_and_its_rule_are_stored(run, tmp_path):
@@ -327,7 +328,7 @@ def test_calibration_finds_the_slope_and_the_intercept(share):
     logits = rng.normal(0, 2, 4000) + np.log(share / (1 - share))
     labels = rng.random(4000) < 1 / (1 + np.exp(-logits))
     told = torch.tensor((logits - 0.7) * 2.5, dtype=torch.float32)
-    slope, intercept = train.calibrate(told, torch.tensor(labels, dtype=torch.float32))
+    slope, intercept = cxr.calibration.calibrate(told, torch.tensor(labels, dtype=torch.float32))
     assert slope == pytest.approx(1 / 2.5, rel=0.1) and intercept == pytest.approx(0.7, abs=0.15)
     calibrated = torch.sigmoid(slope * told + intercept)
     assert calibrated.mean().item() == pytest.approx(labels.mean(), abs=0.005)
@@ -335,9 +336,9 @@ def test_calibration_finds_the_slope_and_the_intercept(share):
 
 def test_calibration_is_finite_on_separated_data_and_never_turns_the_classes_round(capsys):
     logits, labels = torch.tensor([-3.0, -2, 2, 3]), torch.tensor([0.0, 0, 1, 1])
-    slope, intercept = train.calibrate(logits, labels)
+    slope, intercept = cxr.calibration.calibrate(logits, labels)
     assert 0 < slope < 5 and abs(intercept) < 1
-    assert train.calibrate(logits, 1 - labels) == (1, 0)
+    assert cxr.calibration.calibrate(logits, 1 - labels) == (1, 0)
     assert "not calibrated" in capsys.readouterr().err
 
 
