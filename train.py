@@ -11,21 +11,16 @@ doubtful_labels.csv and doubtful_labels.png instead.
 
 import contextlib
 import copy
-import csv
 import math
 import statistics
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import common  # first: it says what to do where a package is missing
 
 # isort: split
-import PIL.Image
-import PIL.ImageDraw
-import PIL.ImageFont
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -34,9 +29,11 @@ from tqdm import tqdm
 from cxr.calibration import calibrate, fit_threshold, threshold_rule
 from cxr.checkpoint import load_weights, save_checkpoint
 from cxr.cli import RUN_FLAGS, Parser, add_flags, number, run
+from cxr.curves import choose_samples, draw_curves, draw_samples, write_history
 from cxr.errors import Failure
-from cxr.files import replacing, require_writable, save_figure, versions, write_json
-from cxr.folders import CLASSES, COLOURS, SPLIT_FILE
+from cxr.files import require_writable, versions, write_json
+from cxr.folders import CLASSES, SPLIT_FILE
+from cxr.folds import draw_doubtful, print_cross_validation, split_folds, summary, write_doubtful
 from cxr.novelty import describe_features
 from cxr.patients import read_split
 from cxr.proportions import score_shares
@@ -114,7 +111,6 @@ class Trained(NamedTuple):
     interrupted: KeyboardInterrupt | None = None  # what cut the training short
 
 
-HISTORY = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr")
 EPOCH_LINE = (
     "Epoch [{}/{}], Train Loss: {:.4f}, Train Acc: {:.4f}, Val Loss: {:.4f}, Val Acc: {:.4f}, "
     "LR: {:.1e}"
@@ -185,8 +181,10 @@ def train_seeds(train_features, train_labels, val_features, val_labels, args):
             raise
         interrupted = stop
     for name in ("val_loss", "val_accuracy"):
-        values = summary([getattr(each, name) for each in heads])
-        print(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in values.items()))
+        values = [getattr(each, name) for each in heads]
+        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+        spread = f"deviation {deviation:.4f}, min {min(values):.4f}, max {max(values):.4f}"
+        print(f"{name}: mean {statistics.fmean(values):.4f}, {spread}")
     print(f"Saving the mean of {len(heads)} heads; epoch and curves are those of the first")
     head = copy.deepcopy(heads[0].head)
     with torch.no_grad():
@@ -281,83 +279,7 @@ def describe(args, backbone, best, heads, images, skipped):
     }
 
 
-def write_history(path, history):
-    with replacing(path, "w") as file:
-        writer = csv.writer(file)
-        writer.writerow(HISTORY)
-        writer.writerows(history)
-
-
-def draw_curves(path, history, best_epoch):
-    """Loss, accuracy and learning rate by epoch, the best epoch marked."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    epoch, train_loss, train_accuracy, val_loss, val_accuracy, lr = zip(*history, strict=True)
-    figure = Figure(figsize=(7, 7))
-    figure.subplots_adjust(left=0.14, right=0.97, bottom=0.07, top=0.98, hspace=0.08)
-    axes = figure.subplots(3, sharex=True, height_ratios=(3, 3, 1))
-    lines = ("loss", train_loss, val_loss), ("accuracy", train_accuracy, val_accuracy)
-    for ax, (name, train, val) in zip(axes, lines, strict=False):
-        ax.plot(epoch, train, ".-", color=COLOURS[0], label="train")
-        ax.plot(epoch, val, ".-", color=COLOURS[1], label="val")
-        ax.set_ylabel(name)
-    axes[2].step(epoch, lr, where="mid", color="black")
-    axes[2].set(xlabel="epoch", ylabel="lr", yscale="log")
-    axes[2].xaxis.set_major_locator(MaxNLocator(integer=True))
-    for ax in axes:
-        ax.axvline(best_epoch, color="grey", ls=":", label=f"best epoch, {best_epoch}")
-        ax.grid(alpha=0.3)
-    axes[0].legend()
-    save_figure(path, figure, 100)
-
-
-def draw_samples(path, images, args):
-    """A grid of two training images of each class, in the views that the network sees."""
-    by_class = [[image for image in images if image.label == label] for label in (0, 1)]
-    rows = [found[third * len(found) // 3] for found in by_class for third in (1, 2)]
-    columns, width, height = min(args.views, 8), common.SIZE + 8, common.SIZE + 40
-    sheet = PIL.Image.new("L", (columns * width, len(rows) * height), "white")
-    draw, font = PIL.ImageDraw.Draw(sheet), PIL.ImageFont.load_default(12)
-    for y, image in enumerate(rows):
-        picture = common.load_image(image.path, args.window)
-        for x in range(columns):
-            name = {0: "view 0: the image", 1: "view 1: mirrored"}.get(x, f"view {x}")
-            title = f"{CLASSES[image.label]} {image.path.name:.20}\n" if x == 0 else "\n"
-            draw.text((x * width + 4, y * height + 4), title + name, "black", font)
-            sheet.paste(
-                common.make_view(picture, x, image.digest), (x * width + 4, y * height + 36)
-            )
-    with replacing(path) as file:
-        sheet.save(file, format="png", compress_level=1)
-
-
 # ---------------------------------------------------------------- cross-validation
-
-
-def summary(values):
-    """mean, deviation, min and max of numbers, as a dict."""
-    values = [value for value in values if value is not None]
-    if not values:
-        return dict.fromkeys(("mean", "deviation", "min", "max"))
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    spread = {"deviation": deviation, "min": min(values), "max": max(values)}
-    return {"mean": statistics.fmean(values)} | spread
-
-
-def split_folds(images, labels, n_folds, seed):
-    """[rows of a fold], whole patients, the classes evenly spread, drawn from the seed."""
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    patients = [image.group for image in images]
-    splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
-    # a class with fewer images than folds is warned of, or refused
-    with contextlib.suppress(ValueError), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        folds = [torch.from_numpy(rows) for _, rows in splitter.split(labels, labels, patients)]
-        if all(0 < labels[rows].sum() < len(rows) for rows in folds):
-            return folds
-    raise Failure(f"--folds {n_folds}: a fold has no patient of a class; use fewer, or --seed")
 
 
 def held_out_probs(views, features, labels, train, val, held_out, args, seed):
@@ -427,54 +349,9 @@ def cross_validate(args):
     print_cross_validation(metrics, epochs, len(labels), args)
     about = {"folds": args.folds, "repeats": args.repeats, "n": len(labels)}
     write_json(path, about | {"metrics": metrics, "epochs": epochs})
-    write_doubtful(table, sheet, probs, labels, images, args)
+    worst = write_doubtful(table, probs, labels, images, args)
+    draw_doubtful(sheet, worst, [common.load_image(image.path, args.window) for image, _ in worst])
     print(f"Wrote {path}, {table.name} and {sheet.name}; the test images were not opened")
-
-
-def write_doubtful(table, sheet, probs, labels, images, args):
-    """The images by how badly the heads that had not seen them fit their labels, the worst first.
-
-    probs: float32 (n_repeats, N), held out. A doubtful label is a reason to look, not an error.
-    """
-    from matplotlib.figure import Figure
-
-    losses = nn.functional.binary_cross_entropy(probs, labels.expand_as(probs), reduction="none")
-    mean, loss = probs.mean(0), losses.mean(0)
-    missed = ((probs > args.threshold) != (labels > 0.5)).sum(0)
-    order = loss.argsort(descending=True, stable=True).tolist()
-    files = [image.path.relative_to(args.data_dir).as_posix() for image in images]
-    with replacing(table, "w") as file:
-        writer = csv.writer(file)
-        writer.writerow(("file", "label", "mean_probability", "mean_loss", "missed", "repeats"))
-        for row in order:
-            told = files[row], CLASSES[images[row].label], f"{mean[row]:.4f}", f"{loss[row]:.4f}"
-            writer.writerow((*told, missed[row].item(), len(probs)))
-    figure = Figure((10, 8.4), layout="constrained")
-    figure.suptitle("The most doubtful labels: a reason to look, not an error (P: of PNEUMONIA)")
-    for ax in figure.subplots(3, 4).flat:
-        ax.axis("off")
-    for ax, row in zip(figure.axes, order[:12], strict=False):
-        ax.imshow(common.load_image(images[row].path, args.window), cmap="gray", vmin=0, vmax=255)
-        told = f"label {CLASSES[images[row].label]}, held out P {mean[row]:.2f}"
-        ax.set_title(f"{images[row].path.name:.34}\n{told}", fontsize=7, parse_math=False)
-    save_figure(sheet, figure, 110)
-
-
-def print_cross_validation(metrics, epochs, n, args):
-    draws = f"{args.folds} folds x {args.repeats} repeats"
-    print(f"Cross-validation: {draws}, {n} images, whole patients")
-    print("A fold is held out, the next one stops the training early, the others train")
-    line = "{:18}{:>8}  {:15} {:>8}{:>8}{:>8}{:>15}"
-    print(line.format("", "", "", "spread", "of the", "folds", "single split"))
-    print(line.format("held out", "value", "95 % interval", "dev", "min", "max", "(val)"))
-    for name, row in metrics.items():
-        interval = "" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
-        cells = (row[key] for key in ("deviation", "min", "max", "single_split"))
-        value, *cells = ("-" if x is None else f"{x:.3f}" for x in (row["value"], *cells))
-        print(line.format(name, value, interval, *cells))
-    cells = (epochs[key] for key in ("mean", "deviation", "min", "max", "single_split"))
-    mean, *cells = ("-" if x is None else f"{x:.1f}" for x in cells)
-    print(line.format("best epoch", mean, "", *cells))
 
 
 # ---------------------------------------------------------------- command line
@@ -528,6 +405,15 @@ def parse_args(argv=None):
     return args
 
 
+def sample_views(images, args):
+    """Of each image the first views, 8 at most: PIL, mode L."""
+    found = []
+    for image in images:
+        picture, numbers = common.load_image(image.path, args.window), range(min(args.views, 8))
+        found.append([common.make_view(picture, number, image.digest) for number in numbers])
+    return found
+
+
 def train(args):
     about, report = args.checkpoint.with_suffix(".json"), args.results_dir / "metrics.json"
     device, dtype, found, backbone = prepare(args, args.checkpoint, about, report)
@@ -578,7 +464,8 @@ def train(args):
         done = f"{len(heads)} heads" if args.seeds > 1 else f"{len(best.history)} epochs"
         raise type(stop)(f"interrupted after {done}; kept the best so far, {kept}")
     draw_curves(args.results_dir / "curves.png", best.history, best.epoch)
-    draw_samples(args.results_dir / "samples.png", train_images, args)
+    samples = choose_samples(train_images)
+    draw_samples(args.results_dir / "samples.png", samples, sample_views(samples, args))
     print(f"Saved {kept}; curves and samples in {args.results_dir}")
     if report.exists():
         print(f"{report} is about an earlier model: run evaluate.py")
