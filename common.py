@@ -18,7 +18,6 @@ from typing import NamedTuple
 import cxr.decode  # first: it says what to do where a package is missing
 
 # isort: split
-import numpy as np
 import PIL.Image
 import torch
 import torch.distributed as dist
@@ -401,27 +400,3 @@ def without_bad(images, bad, skip_bad):
 
 
 # ---------------------------------------------------------------- one number instead of a network
-
-
-def image_numbers(path, size):
-    """({name: float} of what one could go by without any network, grey PIL image mode L, its Scan).
-
-    file size: bytes; width, height: pixels of the file; bits a pixel: 8 if grey, 24 if RGB; JPEG
-    quality: 0 for other formats. Of the grey levels, 0 to 255: mean, (standard) deviation, and
-    sharpness, the mean absolute difference of vertical neighbours.
-    Raises what open_image raises.
-    """
-    scan = open_image(path, size)
-    grey = stretch(scan.grey, 0 if scan.grey.mode == "L" else 2)
-    pixels = np.asarray(grey, dtype=np.float32)
-    numbers = {
-        "file size": float(os.path.getsize(path)),
-        "width": float(scan.size[0]),
-        "height": float(scan.size[1]),
-        "bits a pixel": float(scan.bits),
-        "JPEG quality": float(scan.quality),
-        "mean": float(pixels.mean()),
-        "deviation": float(pixels.std()),
-        "sharpness": float(np.abs(np.diff(pixels, axis=0)).mean()) if len(pixels) > 1 else 0.0,
-    }
-    return numbers, grey, scan

@@ -11,12 +11,10 @@ images nor network, only an earlier predictions.csv, and prints.
 
 import argparse
 import base64
-import contextlib
 import copy
 import html
 import math
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +29,7 @@ import torch
 import torchmetrics.functional.classification as tm
 from torch import nn
 
-from cxr.bootstrap import DRAWS, INTERVALS, paired_differences
+from cxr.bootstrap import DRAWS, INTERVALS
 from cxr.checkpoint import read_checkpoint
 from cxr.cli import FLAGS, RUN_FLAGS, Parser, add_flags, number, run
 from cxr.compare import COMPARED, compare
@@ -45,9 +43,10 @@ from cxr.files import (
     versions,
     write_json,
 )
-from cxr.folders import CLASSES, COLOURS, image_suffixes, list_images, list_split
+from cxr.folders import CLASSES, COLOURS, image_suffixes, list_images
+from cxr.leaks import find_leaks, training_images
 from cxr.novelty import SHIFT, measure_unlike, warn_of_elsewhere
-from cxr.patients import METADATA, Film, identify_all, patient_of, read_metadata, read_split
+from cxr.patients import METADATA, Film, patient_of, read_metadata, read_split
 from cxr.predictions import (
     COLUMNS,
     Table,
@@ -57,10 +56,10 @@ from cxr.predictions import (
     write_predictions,
 )
 from cxr.proportions import PREVALENCES, PROPORTIONS, at_prevalences, interval, opposite, proportion
-from cxr.scores import aurocs, below_chance, measure, measure_calibration, measure_subgroups
+from cxr.scores import below_chance, measure, measure_calibration, measure_subgroups
+from cxr.shortcuts import numbers_instead
 
 N_WORST = 8  # images in worst.png
-N_NUMBERS = 2000  # training images whose numbers are compared, at most: milliseconds each
 NOT_ASSESSED = "age", "sex", "device"  # unless metadata.csv has a column of that name
 PACKAGES = ("torch", "torchvision", "torchmetrics", "scipy", "scikit-learn", "numpy", "pillow")
 STYLE = {"font.size": 9, "axes.titlesize": 9, "legend.frameon": False}
@@ -176,113 +175,6 @@ def predict(model, images, names, args):
 
 
 # ---------------------------------------------------------------- doubts: leaks, one number instead
-
-
-def find_leaks(args, model, images, training):
-    """Warnings about images that the model learned from, and about a model of other images.
-
-    images: [Film], which are scored; training: [Film] of train/ and val/.
-    """
-    by_split = model.info.get("images", {}).values()
-    learned = {digest for found in by_split for digest in found.values()}
-    here = {image.digest for image in training}
-    doubts = []
-    if learned and here and (strange := learned - here):
-        which = f"{len(strange)} of the {len(learned)} images that the model learned from"
-        other = "it is an older model, or one of other data"
-        doubts.append(f"{which} are not in train/ and val/: {other}")
-    if args.split != "test":
-        made = f"the network was made with the {args.split} images"
-        return [*doubts, f"{made}: these numbers are NO TEST RESULT"]
-    if leaked := [image.path.name for image in images if image.digest in learned | here]:
-        which = f"{len(leaked)} of {len(images)} test images"
-        among = f"WERE AMONG THE TRAINING OR VALIDATION IMAGES, as {leaked[0]}"
-        doubts.append(f"{which} {among}: these numbers are no test result")
-    patients = {image.patient for image in training} - {None}
-    if both := [image for image in images if image.patient in patients]:
-        which = f"{len(both)} of {len(images)} test images are of patients in train/ or val/"
-        doubts.append(f"{which}, as {both[0].path.name}: these numbers are no test result")
-    return doubts
-
-
-def training_images(data_dir, rows):
-    """([Film] of train/ and val/, as far as they are there; why there are none)."""
-    try:
-        found = list_split(data_dir, "train")
-        with contextlib.suppress(Failure):
-            found += list_split(data_dir, "val")
-    except Failure as reason:
-        return [], str(reason)
-    return identify_all(found, rows), ""
-
-
-def numbers_instead(args, images, table, training, reason):
-    """What metrics.json says about one number of an image in place of the network, by AUROC.
-
-    By accuracy the comparison would be unfair: a number's cut is chosen for accuracy, the network's
-    threshold is not. Which number is best, and in which direction, is decided on train/ and val/;
-    `all numbers` is a logistic regression on all of them.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    names, fitted, fit_labels = read_numbers(training[:: -(-len(training) // N_NUMBERS) or 1])
-    _, tested, test_labels = read_numbers(images)
-    if len(set(fit_labels)) < 2 or len(test_labels) < len(images):
-        return {"none": reason or "an image cannot be read any more"}
-    model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced"))
-    model.fit(fitted, fit_labels)
-    names = [*names, "all numbers"]
-    fitted = np.column_stack([fitted, model.decision_function(fitted)]).T
-    tested = np.column_stack([tested, model.decision_function(tested)]).T
-
-    fit_auroc = aurocs(fitted, np.array(fit_labels))
-    signs = np.where(fit_auroc >= 0.5, 1, -1)
-    scores = np.vstack([table.probs, signs[:, None] * tested])
-
-    def differences(rows):
-        network, *others = aurocs(scores[:, rows], table.labels[rows])
-        return np.subtract(network, others)
-
-    gains = paired_differences(table, differences, args.seed)
-    columns = zip(names, signs, aurocs(scores, table.labels)[1:], gains, strict=True)
-    numbers = {
-        name: {
-            "sign": int(sign),
-            "auroc": float(auroc),
-            "difference": gain,
-            "network_is": verdict(gain),
-        }
-        for name, sign, auroc, gain in columns
-    }
-    best = names[int(np.argmax(np.abs(fit_auroc[:-1] - 0.5)))]
-    about = {"number": best, "fitted_on": fitted.shape[1], "numbers": numbers}
-    return about | numbers[best]
-
-
-def verdict(gain):
-    """Whether the network is better, in words."""
-    if gain["value"] <= 0:
-        return "NO BETTER"
-    known = gain["low"] is not None
-    return "better" if known and gain["low"] > 0 else "better, but within chance"
-
-
-def read_numbers(images):
-    """(names, float (n, k), labels [int]) of the images that can be read."""
-
-    def numbers_or_none(path):
-        try:
-            return common.image_numbers(path, common.SIZE)[0]
-        except Exception:  # damaged files make decoders raise nearly anything
-            return None
-
-    with ThreadPoolExecutor() as pool:
-        found = list(pool.map(numbers_or_none, (image.path for image in images)))
-    rows = [(each, image.label) for each, image in zip(found, images, strict=True) if each]
-    names = list(rows[0][0]) if rows else []
-    return names, np.array([list(each.values()) for each, _ in rows]), [label for _, label in rows]
 
 
 # ---------------------------------------------------------------- class activation maps
@@ -755,7 +647,9 @@ def score_split(args):
     report = summarise(report, table, args)
     report["shortcut"] = None
     if args.split == "test":
-        report["shortcut"] = numbers_instead(args, images, table.readable(), training, reason)
+        report["shortcut"] = numbers_instead(
+            args, images, table.readable(), training, reason, common.SIZE
+        )
     draw_worst(args.results_dir / "worst.png", model, images, table.readable(), report)
     write_report(args.results_dir, report, table, PICTURES)
     if args.cam:

@@ -20,6 +20,7 @@ import cxr.decode
 import cxr.errors
 import cxr.files
 import cxr.patients
+import cxr.shortcuts
 
 ROOT = Path(__file__).resolve().parent.parent
 TO_TENSOR = transforms.Compose(
@@ -404,7 +405,7 @@ def test_a_written_file_takes_its_place_whole_or_not_at_all(tmp_path):
 def test_the_numbers_of_an_image_are_those_of_its_file(tmp_path):
     pixels = np.tile(np.arange(100, dtype=np.uint8)[:, None], (1, 60))
     Image.fromarray(pixels).convert("RGB").save(tmp_path / "a.jpeg", quality=83, subsampling=0)
-    numbers, picture, scan = common.image_numbers(tmp_path / "a.jpeg", 224)
+    numbers, picture, scan = cxr.shortcuts.image_numbers(tmp_path / "a.jpeg", 224)
     assert (numbers["width"], numbers["height"]) == scan.size == (60, 100)
     assert numbers["bits a pixel"] == 24 and scan.format == "JPEG" and numbers["JPEG quality"] == 83
     assert numbers["file size"] == (tmp_path / "a.jpeg").stat().st_size
@@ -413,7 +414,7 @@ def test_the_numbers_of_an_image_are_those_of_its_file(tmp_path):
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "png")
     (tmp_path / "a.png").write_bytes(buffer.getvalue())
-    numbers, _, scan = common.image_numbers(tmp_path / "a.png", 224)
+    numbers, _, scan = cxr.shortcuts.image_numbers(tmp_path / "a.png", 224)
     assert (numbers["bits a pixel"], numbers["JPEG quality"], scan.format) == (8, 0, "PNG")
 
 

@@ -14,10 +14,12 @@ from phantoms import draw_folder, draw_phantom
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from scipy.ndimage import gaussian_filter
 
+import cxr.duplicates
 import cxr.errors
 import cxr.files
 import cxr.folders
 import cxr.patients
+import cxr.shortcuts
 import split_val
 from cxr.folders import CLASSES, SPLIT_FILE
 
@@ -775,16 +777,16 @@ def test_a_copy_is_found_however_it_was_changed_and_a_different_image_never_is()
             for i in range(3):
                 expected[i, len(images) + len(copies)] = kind
                 copies.append(function(images[i]))
-    found = split_val.find_near_duplicates(
+    found = cxr.duplicates.find_near_duplicates(
         np.stack([thumbnail(image) for image in images + copies])
     )
     original = {pair: kind for pair, (_, kind) in found.items() if pair[0] < len(images)}
     assert original == expected
-    assert all(split_val.COPY_LIMIT < alike <= 1 for alike, _ in found.values())
+    assert all(cxr.duplicates.COPY_LIMIT < alike <= 1 for alike, _ in found.values())
 
 
 def test_constant_images_are_not_taken_for_copies():
-    assert split_val.find_near_duplicates(np.full((3, 96, 96), 7, np.uint8)) == {}
+    assert cxr.duplicates.find_near_duplicates(np.full((3, 96, 96), 7, np.uint8)) == {}
 
 
 def test_a_cut_is_as_accurate_as_any_that_splits_the_values():
@@ -794,12 +796,12 @@ def test_a_cut_is_as_accurate_as_any_that_splits_the_values():
         labels = np.arange(len(values)) % 2
         if np.ptp(values) == 0:
             continue
-        sign, cut = split_val.fit_cut(values, labels)
+        sign, cut = cxr.shortcuts.fit_cut(values, labels)
         cuts = [c + 0.5 for c in range(5) if values.min() < c + 0.5 < values.max()]
         best = max(((s * values > s * c) == labels).mean() for c in cuts for s in (1, -1))
         assert ((sign * values > sign * cut) == labels).mean() == best
-    assert split_val.fit_cut(np.array([1.0, 2.0, 4.0]), np.array([0, 0, 1])) == (1, 3.0)
-    assert split_val.fit_cut(np.array([1.0, 2.0, 4.0]), np.array([1, 0, 0])) == (-1, 1.5)
+    assert cxr.shortcuts.fit_cut(np.array([1.0, 2.0, 4.0]), np.array([0, 0, 1])) == (1, 3.0)
+    assert cxr.shortcuts.fit_cut(np.array([1.0, 2.0, 4.0]), np.array([1, 0, 0])) == (-1, 1.5)
 
 
 def test_folds_never_share_a_patient_and_always_have_both_labels():
@@ -809,7 +811,7 @@ def test_folds_never_share_a_patient_and_always_have_both_labels():
         patients = np.array([f"p{i}" for i in rng.integers(0, n, n)])
         labels = rng.integers(0, 2, n)
         labels[:2] = 0, 1
-        folds = split_val.make_folds(labels, patients)
+        folds = cxr.shortcuts.make_folds(labels, patients)
         for fit, held in folds:
             assert not set(patients[fit]) & set(patients[held])
             assert set(labels[fit]) == {0, 1}
@@ -832,11 +834,11 @@ def test_alike_images_of_one_patient_raise_no_false_alarms():
     for seed in range(15):
         numbers, pixels, labels, patients = null_data(np.random.default_rng(seed), 33)
         alone = np.ones(len(labels), bool)
-        rows = split_val.find_shortcuts(numbers, pixels, labels, patients, alone)
+        rows = cxr.shortcuts.find_shortcuts(numbers, pixels, labels, patients, alone)
         shortcuts += any(row["alarm"] for row in rows)
         border += any(row["alarm"] for row in rows if row["number"] == "3-pixel border")
-        found = split_val.find_shift(numbers, pixels, labels == 1, patients)
-        shift += any(split_val.is_alarming(each, labels, patients) for each in found.values())
+        found = cxr.shortcuts.find_shift(numbers, pixels, labels == 1, patients)
+        shift += any(cxr.shortcuts.is_alarming(each, labels, patients) for each in found.values())
     # counting images raises some alarm in half of such sets, and scoring the border where it was
     # fitted in three of four
     assert max(shortcuts, border, shift) <= 2
@@ -848,7 +850,7 @@ def test_a_number_that_tells_the_label_is_found_and_scored_on_the_other_side():
     numbers["constant"] = np.ones(len(labels))
     scored = np.isin(patients, [str(i) for i in range(30)])
     numbers["constant"][scored] = labels[scored]  # never splits where it is fitted
-    rows = split_val.find_shortcuts(numbers, pixels, labels, patients, scored)
+    rows = cxr.shortcuts.find_shortcuts(numbers, pixels, labels, patients, scored)
     assert [row["number"] for row in rows if row["alarm"]] == ["number 0"]
     assert rows[0]["rule"].startswith("<=") and rows[0]["n"] == 90
     assert rows[0]["auroc"] > 0.95 and rows[0]["accuracy"] > 0.9
