@@ -394,9 +394,3 @@ def without_bad(images, bad, skip_bad):
     if lines[SHOWN:]:
         warn(f"left out: {len(lines)} images in all; split_val.py --check lists them")
     return [row for row in range(len(images)) if row not in bad]
-
-
-# ---------------------------------------------------------------- scores
-
-
-# ---------------------------------------------------------------- one number instead of a network

@@ -10,9 +10,6 @@ images nor network, only an earlier predictions.csv, and prints.
 """
 
 import argparse
-import base64
-import copy
-import html
 import math
 import sys
 from pathlib import Path
@@ -21,32 +18,22 @@ from typing import NamedTuple
 import common  # first: it says what to do where a package is missing
 
 # isort: split
-import numpy as np
-import PIL.Image
-import PIL.ImageDraw
-import PIL.ImageFont
 import torch
-import torchmetrics.functional.classification as tm
 from torch import nn
 
 from cxr.bootstrap import DRAWS, INTERVALS
 from cxr.checkpoint import read_checkpoint
 from cxr.cli import FLAGS, RUN_FLAGS, Parser, add_flags, number, run
-from cxr.compare import COMPARED, compare
-from cxr.errors import SHOWN, Failure, warn
-from cxr.files import (
-    hash_file,
-    read_json,
-    replacing,
-    require_writable,
-    save_figure,
-    versions,
-    write_json,
-)
-from cxr.folders import CLASSES, COLOURS, image_suffixes, list_images
+from cxr.compare import compare
+from cxr.errors import Failure, warn
+from cxr.files import hash_file, read_json, require_writable, versions, write_json
+from cxr.folders import CLASSES, image_suffixes, list_images
 from cxr.leaks import find_leaks, training_images
-from cxr.novelty import SHIFT, measure_unlike, warn_of_elsewhere
-from cxr.patients import METADATA, Film, patient_of, read_metadata, read_split
+from cxr.maps import class_maps, write_overlays
+from cxr.novelty import measure_unlike, warn_of_elsewhere
+from cxr.page import NOT_ASSESSED, PICTURES, print_report, write_page
+from cxr.patients import Film, patient_of, read_metadata, read_split
+from cxr.plots import draw_pictures, draw_worst
 from cxr.predictions import (
     COLUMNS,
     Table,
@@ -55,15 +42,11 @@ from cxr.predictions import (
     read_predictions,
     write_predictions,
 )
-from cxr.proportions import PREVALENCES, PROPORTIONS, at_prevalences, interval, opposite, proportion
+from cxr.proportions import PREVALENCES, PROPORTIONS, at_prevalences
 from cxr.scores import below_chance, measure, measure_calibration, measure_subgroups
 from cxr.shortcuts import numbers_instead
 
-N_WORST = 8  # images in worst.png
-NOT_ASSESSED = "age", "sex", "device"  # unless metadata.csv has a column of that name
 PACKAGES = ("torch", "torchvision", "torchmetrics", "scipy", "scikit-learn", "numpy", "pillow")
-STYLE = {"font.size": 9, "axes.titlesize": 9, "legend.frameon": False}
-STYLE |= {"axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3}
 
 # ---------------------------------------------------------------- the network and its predictions
 
@@ -171,413 +154,6 @@ def predict(model, images, names, args):
     return table, bad, group
 
 
-# ---------------------------------------------------------------- scores with their intervals
-
-
-# ---------------------------------------------------------------- doubts: leaks, one number instead
-
-
-# ---------------------------------------------------------------- class activation maps
-
-
-def class_maps(model, pixels):
-    """Maps float32 (n, h, w) of uint8 (n, 1, SIZE, SIZE), or None where the network has none.
-
-    A network that ends in global average pooling and one Linear gives the logit as the mean over
-    positions of weight . last feature map + bias (Zhou et al. 2016): that sum is the map, positive
-    where it speaks for PNEUMONIA. The last feature map is told by its mean, which is the features.
-    """
-    device, width = model.device, model.backbone.width
-    network = copy.deepcopy(model.backbone.network).to(device)
-    outputs = []
-
-    def keep(module, inputs, output):
-        if isinstance(output, torch.Tensor) and output.ndim == 4 and output.shape[1] == width:
-            outputs.append(output)
-
-    hooks = [module.register_forward_hook(keep) for module in network.modules()]
-    with torch.inference_mode():
-        features = network(model.backbone.normalize(pixels.to(device)))
-    for hook in hooks:
-        hook.remove()
-    # compared only now: a DenseNet's last ReLU changes the map in place
-    for output in reversed(outputs):
-        tolerance = 1e-4 * features.abs().max().item()
-        mean = output.mean((2, 3))
-        if output[0, 0].numel() > 1 and torch.allclose(mean, features, rtol=1e-3, atol=tolerance):
-            maps = torch.einsum("nchw,c->nhw", output.cpu(), model.head.weight[0])
-            return maps + model.head.bias
-    return None
-
-
-def overlay(view, heat):
-    """The picture uint8 (1, SIZE, SIZE) under its map: orange for PNEUMONIA, blue for NORMAL."""
-    from matplotlib.colors import to_rgb
-
-    view = view[0, :, :, None].float()
-    heat = nn.functional.interpolate(heat[None, None], view.shape[:2], mode="bilinear")
-    heat = heat[0, 0, :, :, None]
-    orange, blue = (torch.tensor(to_rgb(COLOURS[label])) * 255 for label in (1, 0))
-    strength = 0.7 * heat.abs() / heat.abs().max().clamp(min=1e-12)
-    picture = view * (1 - strength) + torch.where(heat > 0, orange, blue) * strength
-    return picture.round().byte().numpy()
-
-
-def overlays(model, images):
-    """Yields (picture, overlay or None), uint8 (SIZE, SIZE) and (SIZE, SIZE, 3), of each image."""
-    views = common.Views(images, 1, model.info.get("window", 0))
-    for start in range(0, len(images), 16):
-        found = [views[i] for i in range(start, min(start + 16, len(images)))]
-        for i, _, reason in found:
-            if reason:
-                raise Failure(f"{images[i].path}: {reason}; it could be read a moment ago")
-        pixels = torch.cat([pictures for _, pictures, _ in found])
-        maps = class_maps(model, pixels)
-        for i, view in enumerate(pixels):
-            yield view[0].numpy(), None if maps is None else overlay(view, maps[i])
-
-
-def write_overlays(folder, model, images, table):
-    """One PNG an image in `folder`, below the name of its class if it has one."""
-    taken = set()
-    for image, prob, (_, picture) in zip(images, table.probs, overlays(model, images), strict=True):
-        group = folder if image.label is None else folder / CLASSES[image.label]
-        path, number = group / f"{image.path.name}.png", 2
-        while path in taken:  # a namesake from another folder
-            path, number = group / f"{image.path.name}-{number}.png", number + 1
-        taken.add(path)
-        told = f"P(PNEUMONIA) {prob:.3f}"
-        told += "" if image.label is None else f", labelled {CLASSES[image.label]}"
-        page = PIL.Image.new("RGB", (448, 488), "white")
-        page.paste(PIL.Image.fromarray(picture).resize((448, 448)), (0, 40))
-        caption = f"{told}\norange speaks for PNEUMONIA, blue for NORMAL"
-        PIL.ImageDraw.Draw(page).text((4, 2), caption, "black", PIL.ImageFont.load_default(14))
-        with replacing(path) as file:
-            page.save(file, format="png")
-    print(f"Class activation maps of {len(images)} images in {folder}")
-
-
-# ---------------------------------------------------------------- pictures
-
-
-def mark(ax, x, y, label=None):
-    """A point of two metrics, {value, low, high} each, with both intervals."""
-    if None not in (x["value"], y["value"]):
-        errors = ([[m["value"] - m["low"]], [m["high"] - m["value"]]] for m in (y, x))
-        style = {"fmt": "o", "color": "black", "capsize": 3, "markersize": 4, "label": label}
-        ax.errorbar(x["value"], y["value"], *errors, **style)
-
-
-def draw_pictures(folder, table, report):
-    """roc.png, precision_recall.png, confusion.png, reliability.png and scores.png."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    from sklearn.metrics import ConfusionMatrixDisplay
-
-    labels, probs, threshold = table.labels, table.probs, report["threshold"]
-    patients = np.array(table.clusters())
-    metrics, calibration = report["metrics"], report["calibration"]
-    at, network = f"threshold {threshold:.3g}", {"color": COLOURS[1], "label": "network"}
-    scored = torch.from_numpy(probs), torch.from_numpy(labels)
-    chance = {"color": "grey", "ls": ":"}
-
-    def draw_roc(ax):
-        fpr, tpr, _ = tm.binary_roc(*scored)
-        ax.plot(fpr, tpr, **network)
-        ax.plot((0, 1), (0, 1), label="chance", **chance)
-        specificity = metrics["specificity"]
-        mark(ax, opposite(specificity), metrics["sensitivity"], f"{at}, 95 % intervals")
-        ax.set(xlabel="1 - specificity", ylabel="sensitivity")
-        ax.set_title(f"ROC: AUROC {interval(metrics['auroc'])}")
-        ax.legend(loc="lower right")
-
-    def draw_precision_recall(ax):
-        precision, recall, _ = tm.binary_precision_recall_curve(*scored)
-        ax.plot(recall, precision, drawstyle="steps-post", **network)
-        ax.axhline(labels.mean(), label="chance", **chance)
-        mark(ax, metrics["sensitivity"], metrics["ppv"], f"{at}, 95 % intervals")
-        ax.set(xlabel="recall (sensitivity)", ylabel="precision (PPV)", ylim=(0, 1.05))
-        ax.set_title(f"Average precision {interval(metrics['average_precision'])}")
-        ax.legend(loc="lower left")
-
-    def draw_confusion(ax):
-        found = {"display_labels": CLASSES, "cmap": "Blues", "colorbar": False}
-        ConfusionMatrixDisplay.from_predictions(labels, probs > threshold, ax=ax, **found)
-        ax.grid(False)
-        ax.set_title(f"Accuracy {interval(metrics['accuracy'])} at {at}")
-
-    def draw_reliability(ax):
-        bins = np.minimum((probs * 10).astype(int), 9)
-        ax.plot((0, 1), (0, 1), **chance)
-        for inside in (bins == each for each in np.unique(bins)):
-            mean, share = probs[inside].mean(), proportion(labels[inside], patients[inside])
-            mark(ax, {"value": mean, "low": mean, "high": mean}, share)
-            ax.annotate(inside.sum(), (mean, share["value"]), (4, 3), textcoords="offset points")
-        ax.set(xlabel="mean P(PNEUMONIA) in the bin", ylabel="share of PNEUMONIA, 95 % interval, n")
-        slope, intercept = interval(calibration["slope"]), interval(calibration["intercept"])
-        ax.set_title(f"Calibration: intercept {intercept}\nslope {slope}")
-
-    def draw_scores(ax):
-        found = {"color": COLOURS, "label": CLASSES, "bins": 25, "range": (0, 1)}
-        ax.hist([probs[labels == 0], probs[labels == 1]], **found)
-        ax.axvline(threshold, color="black", ls="--", label=at)
-        ax.set(xlabel="P(PNEUMONIA)", ylabel="images", title="Scores by class")
-        ax.legend()
-
-    draws = draw_roc, draw_precision_recall, draw_confusion, draw_reliability, draw_scores
-    with matplotlib.rc_context(STYLE):
-        for draw in draws:
-            figure = Figure((5, 4.6), layout="constrained")
-            draw(figure.add_subplot())
-            save_with_caption(folder / f"{draw.__name__.removeprefix('draw_')}.png", figure, report)
-
-
-def save_with_caption(path, figure, report, dpi=120):
-    """With a caption: whose images and which network."""
-    about = report["model"] or {}
-    parts = (Path(about.get("file") or "unknown model").name, about.get("arch"), about.get("date"))
-    images = f"{report['split']}: {report['n']} images of {report['patients']} patients"
-    caption = f"{images}; {', '.join(part for part in parts if part)}\n"
-    caption += f"threshold {report['threshold']:.3g} ({report['threshold_from']})"
-    figure.supxlabel(caption, fontsize=7, color="dimgrey", parse_math=False)
-    save_figure(path, figure, dpi)
-
-
-def draw_worst(path, model, images, table, report):
-    """The most wrong images, each beside its map; the least sure ones where nothing is wrong."""
-    from matplotlib.figure import Figure
-
-    probs, threshold = table.probs, report["threshold"]
-    wrong = [i for i, image in enumerate(images) if (probs[i] > threshold) != image.label]
-    rows = sorted(wrong, key=lambda i: -abs(probs[i] - images[i].label))[:N_WORST]
-    heading = f"The {len(rows)} most wrong of {len(wrong)} wrong images"
-    if not wrong:
-        rows = sorted(range(len(images)), key=lambda i: abs(probs[i] - threshold))[:N_WORST]
-        heading = f"No image is wrong: the {len(rows)} least sure"
-    shown = list(overlays(model, [images[i] for i in rows]))
-    without = "without maps: the network does not end in pooling and one Linear"
-    beside = "beside each its class activation map: orange for PNEUMONIA, blue for NORMAL"
-    figure = Figure((9.6, 0.6 + 2.8 * math.ceil(len(rows) / 2)), layout="constrained")
-    figure.suptitle(f"{heading}\n{without if shown[0][1] is None else beside}", fontsize=10)
-    axes = figure.subplots(math.ceil(len(rows) / 2), 4, squeeze=False)
-    for ax in axes.flat:
-        ax.axis("off")
-    for (left, right), i, (view, picture) in zip(axes.reshape(-1, 2), rows, shown, strict=False):
-        left.imshow(view, cmap="gray", vmin=0, vmax=255)
-        if picture is not None:
-            right.imshow(picture)
-        about = (
-            f"{images[i].path.name:.34}\n{CLASSES[images[i].label]}, P(PNEUMONIA) {probs[i]:.3f}"
-        )
-        left.set_title(about, fontsize=7, loc="left", parse_math=False)
-    save_with_caption(path, figure, report, dpi=90)  # the page holds it
-
-
-# ---------------------------------------------------------------- the screen
-
-
-def print_report(report):
-    """The reference's two lines, then everything in metrics.json, for the eye."""
-    metrics, word = report["metrics"], report["split"].capitalize()
-    print(f"{word} accuracy: {metrics['accuracy']['value']:.3f}")
-    print(f"{word} F1-score: {metrics['f1']['value']:.3f}\n")
-    for name, text in particulars(report):
-        print(f"{name:11} {text}")
-    print(f"\n{'':18} {'value':>9}   95 % interval")
-    for name, each in metrics.items():
-        value, _, between = interval(each).partition(" ")
-        print(f"{name:18} {value:>9}   {between.strip('()')}".rstrip())
-    for each in report["subgroups"].values():
-        group = f"{each['metric']}, {each['group']}"
-        print(f"  {group:36} {interval(each)}, n = {each['n']}")
-    counts = report["counts"]
-    print(f"\n{'':22}{'predicted NORMAL':>18}{'predicted PNEUMONIA':>22}")
-    print(f"{'truth NORMAL':22}{counts['tn']:>18}{counts['fp']:>22}")
-    print(f"{'truth PNEUMONIA':22}{counts['fn']:>18}{counts['tp']:>22}\n")
-    for title, lines in findings(report):
-        print(f"{title}: {lines[0]}" if len(lines) == 1 else f"{title}:")
-        for line in lines if len(lines) > 1 else ():
-            print(f"  {line}")
-
-
-def particulars(report):
-    """[(name, text)]: which model, threshold and images, for the screen and the page."""
-    model, left_out = report["model"] or {}, report["left_out"]
-    known = [f"{key} {model[key]}" for key in ("weights", "epoch") if model.get(key) is not None]
-    parts = (model.get("file") or "unknown", model.get("arch"), *known, model.get("date"))
-    threshold = f"{report['threshold']:.4g} ({report['threshold_from']})"
-    if " on val" in threshold and (scores := model.get("at_threshold")):
-        there = [f"{name} {interval(scores[name])}" for name in ("sensitivity", "specificity")]
-        threshold += f"; there {', '.join(there)}"
-    patients = [f"{n} {name}" for name, n in report["patients_by_class"].items()]
-    images = f"{report['n']} of {report['patients']} patients ({', '.join(patients)})"
-    if unknown := report["names_without_patient"]:
-        images += f"; nothing tells the patient of {unknown}, each counts as one"
-    rough = "; fewer than 30 patients in a class: intervals are rough"
-    images += rough if min(report["patients_by_class"].values()) < 30 else ""
-    counted = [f"{n} of {folder}" for folder, n in left_out.items()]
-    learned = [f"{n} {split}" for split, n in (model.get("images") or {}).items()]
-    return [
-        ("Model", ", ".join(part for part in parts if part)),
-        ("Trained on", f"{' and '.join(learned) or 'unknown'} images"),
-        ("Threshold", threshold),
-        ("Data", report["data"]),
-        ("Images", images),
-        ("Unreadable", f"{', '.join(counted)}: left out" if counted else "none"),
-    ]
-
-
-def findings(report):
-    """Yields (title, lines): what stands beside the scores, for the screen and the page."""
-    calibration, numbers, other = report["calibration"], report["shortcut"], report["comparison"]
-    if alike := report["without_spread"]:
-        none = "every bootstrap sample has the same, none can be given"
-        yield f"No interval of {', '.join(alike)}", [none]
-    slope, intercept = interval(calibration["slope"]), interval(calibration["intercept"])
-    before, after = (calibration[key]["brier"] for key in ("without", "with"))
-    lines = [f"intercept {intercept}, 0 if right; slope {slope}, 1 if right"]
-    if calibration["platt"] != {"slope": 1, "intercept": 0}:
-        fitted = "the slope and intercept that were fitted on val and are part of every number here"
-        lines.append(f"Brier {after:.3f} with {fitted}; {before:.3f} without")
-    yield "Calibration", lines
-    share = sum(report["counts"][key] for key in ("tp", "fn")) / report["n"]
-    here = f"{100 * share:.0f} % of these images are PNEUMONIA. In a clinic where fewer are, a "
-    lines = [f"{here}positive result means less. With the share taken as known:"]
-    for each in report["elsewhere"]:
-        values = f"PPV {interval(each['ppv'])}, NPV {interval(each['npv'])}"
-        lines.append(f"{100 * each['prevalence']:4.3g} %: {values}")
-    yield "What a result means elsewhere", lines
-    if group := report["unlike"]:
-        shift = f"; all are shifted by {group['shift'] or 0:.2f} deviations, {SHIFT} would be much"
-        shift = "" if group["shift"] is None else shift
-        names = ", ".join(group["files"][:SHOWN])
-        more = ", ..." * (len(group["files"]) > SHOWN)
-        counted = f"{group['over']} of {group['n']}, 1 in 100 expected{shift}"
-        yield "Images unlike those of training", [f"{counted}{': ' * bool(names)}{names}{more}"]
-    if numbers and "none" in numbers:
-        none = f"none to compare with ({numbers['none']})"
-        yield "One number instead of the network", [none]
-    elif numbers:
-        chosen = f"chosen on {numbers['fitted_on']} images of train/ and val/"
-        lines = []
-        for name in (numbers["number"], "all numbers"):
-            each = numbers["numbers"][name]
-            gain = f"network minus it {interval(each['difference'])}: {each['network_is']}"
-            lines.append(f"{name:12} AUROC {each['auroc']:.3f}; {gain}")
-        yield f"One number instead of the network, {chosen}", lines
-    if other:
-        lines = []
-        for name in COMPARED:
-            there = interval(other["other"][name])
-            lines.append(f"{name:10} {interval(other['difference'][name])}; there {there}")
-        only = f"{other['right_only_here']} images are right only here, {other['right_only_there']}"
-        lines.append(f"{only} only there: p {other['p_value']:.3g} ({other['test']})")
-        yield f"This model minus {other['with']} at threshold {other['threshold']:.4g}", lines
-    if report["not_assessed"]:
-        columns = f"no such column of 2 to 10 values in {METADATA}"
-        yield "Not assessed", [f"{', '.join(report['not_assessed'])} ({columns})"]
-
-
-# ---------------------------------------------------------------- the page
-
-STYLE_SHEET = """
-:root { color-scheme: light dark; --line: #8886; --warn: #d55e0022 }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem }
-table { border-collapse: collapse; display: block; overflow-x: auto }
-td, th { padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line); text-align: left }
-td { font-variant-numeric: tabular-nums }
-figure { margin: 0; break-inside: avoid } figure img { width: 100%; background: white }
-.pictures { display: grid; gap: 1rem; margin-top: 1.5rem }
-.pictures { grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)) }
-.lead { font-size: 1.2rem } .warning { background: var(--warn); padding: .6rem 1rem }
-pre { white-space: pre-wrap; overflow-wrap: anywhere } small, figcaption { opacity: .8 }
-"""
-LIMITS = (
-    "Not a medical device. A test on images of the same source is an internal test: no claim for "
-    "other machines, framings, ages or diseases follows. Predictive values at the share of "
-    "PNEUMONIA among the test images do not hold where fewer have it: see the table by prevalence."
-)
-LEAD = "accuracy", "auroc", "sensitivity", "specificity"
-PICTURES = {
-    "roc": "Every threshold: sensitivity against false alarms",
-    "precision_recall": "Every threshold: precision against sensitivity",
-    "confusion": "What was called what",
-    "reliability": "Probability against what came true",
-    "scores": "The probabilities of each class",
-    "worst": "Where there are maps, orange speaks for PNEUMONIA, blue for NORMAL",
-}
-
-
-def write_page(folder, report, pictures):
-    """report.html: metrics.json for a reader, in one file with the pictures of these names."""
-    text, metrics = html.escape, report["metrics"]
-
-    def rows(cells, tag="td"):
-        lines = ("".join(f"<{tag}>{text(str(cell))}</{tag}>" for cell in row) for row in cells)
-        return "".join(f"<tr>{line}</tr>" for line in lines)
-
-    def picture(name, caption):
-        content = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
-        image = f'<img src="data:image/png;base64,{content}" alt="{text(caption)}">'
-        return f"<figure>{image}<figcaption>{text(caption)}</figcaption></figure>"
-
-    names = {"f1": "F1", "auroc": "AUROC", "ppv": "PPV", "npv": "NPV", "ece": "ECE"}
-    names = {name: names.get(name, name.replace("_", " ").capitalize()) for name in metrics}
-    scores = [(names[name], interval(each)) for name, each in metrics.items()]
-    first = [scores[list(metrics).index(name)] for name in LEAD]
-    lead = ", ".join(f"{name} {value}" for name, value in first)
-    if numbers := (report["shortcut"] or {}).get("numbers"):
-        best = report["shortcut"]["number"]
-        lead += f". An image's {best} alone has AUROC {numbers[best]['auroc']:.3f}: "
-        lead += f"the network is {numbers[best]['network_is']}"
-    groups = rows([("group", "score", "images", "value (95 % interval)")], "th") + rows(
-        (each["group"], names[each["metric"]], each["n"], interval(each))
-        for each in report["subgroups"].values()
-    )
-    counts = report["counts"]
-    matrix = rows(
-        [("NORMAL", counts["tn"], counts["fp"]), ("PNEUMONIA", counts["fn"], counts["tp"])]
-    )
-    checks = "".join(
-        f"<h3>{text(title)}</h3><pre>{text(chr(10).join(lines))}</pre>"
-        for title, lines in findings(report)
-    )
-    warnings = "".join(f'<p class="warning">Warning: {text(w)}</p>' for w in report["warnings"])
-    small = "".join(picture(name, PICTURES[name]) for name in pictures if name != "worst")
-    worst = ""
-    if "worst" in pictures:
-        worst = (
-            f"<h2>The most wrong, or least sure, images</h2>{picture('worst', PICTURES['worst'])}"
-        )
-    title = f"Pneumonia on chest X-rays: {report['split']} result"
-    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{text(title)}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE_SHEET}</style>
-</head><body>
-<h1>{text(title)}</h1>
-<p class="lead">{text(lead)}</p>
-{warnings}
-<table>{rows(particulars(report))}</table>
-<h2>Scores</h2>
-<table>{rows([("score", "value (95 % interval)")], "th")}{rows(scores)}</table>
-<h3>Counts at the threshold</h3>
-<table>{rows([("truth", "predicted NORMAL", "predicted PNEUMONIA")], "th")}{matrix}</table>
-<div class="pictures">{small}</div>
-{"<h2>Subgroups</h2><table>" + groups + "</table>" if report["subgroups"] else ""}
-<h2>What stands beside the scores</h2>
-{checks}
-{worst}
-<h2>How it was computed</h2>
-<p>PNEUMONIA is the positive class, above the threshold. Intervals: {text(report["intervals"])}</p>
-<h2>Limits</h2><p>{text(LIMITS)}</p>
-<p><small>{text(versions)}</small></p>
-</body></html>
-"""
-    with replacing(folder / "report.html", "w") as file:
-        file.write(page)
-
-
 # ---------------------------------------------------------------- a split, new images, a table
 
 
@@ -650,10 +226,11 @@ def score_split(args):
         report["shortcut"] = numbers_instead(
             args, images, table.readable(), training, reason, common.SIZE
         )
-    draw_worst(args.results_dir / "worst.png", model, images, table.readable(), report)
+    views = common.Views(images, 1, model.info.get("window", 0))
+    draw_worst(args.results_dir / "worst.png", model, views, table.readable(), report)
     write_report(args.results_dir, report, table, PICTURES)
     if args.cam:
-        write_overlays(args.cam, model, images, table.readable())
+        write_overlays(args.cam, model, views, table.readable())
     print_report(report)
     print(f"Written: report.html, metrics.json, predictions.csv and pictures in {args.results_dir}")
     print(f"The page to read and to send on: {args.results_dir / 'report.html'}")
@@ -694,7 +271,8 @@ def classify(args):
         warn(warning)
     if args.cam:
         readable = [image for row, image in enumerate(images) if row not in bad]
-        write_overlays(args.cam, model, readable, table.readable())
+        views = common.Views(readable, 1, model.info.get("window", 0))
+        write_overlays(args.cam, model, views, table.readable())
     print(f"\nWritten: {path}{', in place of an earlier one' if replaced else ''}")
 
 

@@ -39,9 +39,6 @@ from cxr.patients import read_split
 from cxr.proportions import score_shares
 from cxr.scores import SCORES, score
 
-# ---------------------------------------------------------------- weights
-
-
 # ---------------------------------------------------------------- training
 
 
@@ -213,9 +210,6 @@ def one_thread():
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-# ---------------------------------------------------------------- calibration, threshold
 
 
 # ---------------------------------------------------------------- data and outputs

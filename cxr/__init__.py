@@ -1,10 +1,12 @@
-"""The modules that the scripts use, one subject each; each imports only from the lines above it.
+"""The modules that the scripts use, one subject each. Each imports only from the lines above it.
 
-errors, decode: errors that the user can mend; an image file becomes a grey picture
-files: writes files whole or not at all
-folders, cache, checkpoint: classes, splits and images; features on disk; state dicts
-patients: which patient an image belongs to
-cli: flags that all scripts share, and exit codes
+errors, decode, novelty, proportions
+files, bootstrap, calibration
+folders, cache, checkpoint
+cli, patients, scores, maps, curves, folds
+predictions, leaks, compare, plots, shortcuts
+page, duplicates
+check
 """
 
 import importlib

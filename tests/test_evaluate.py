@@ -28,6 +28,7 @@ import cxr.compare
 import cxr.files
 import cxr.folders
 import cxr.leaks
+import cxr.maps
 import cxr.patients
 import cxr.predictions
 import cxr.scores
@@ -1024,7 +1025,7 @@ def test_a_map_s_mean_over_the_positions_is_the_logit(arch):
     head.bias.fill_(0.7)
     model = evaluate.Model(backbone, torch.device("cpu"), head, {}, [])
     pixels = torch.randint(256, (2, 1, 96, 96), dtype=torch.uint8, generator=generator)
-    maps = evaluate.class_maps(model, pixels)
+    maps = cxr.maps.class_maps(model, pixels)
     with torch.no_grad():
         features = backbone.network(common.NORMALIZE(pixels))
         logits = head(features).squeeze(1)

@@ -33,6 +33,7 @@ from faults import damage, files, listing, picture, put, within
 from phantoms import draw_folder
 
 import common
+import cxr.checkpoint
 import cxr.files
 import cxr.patients
 import evaluate
@@ -380,7 +381,7 @@ def published(tmp_path, monkeypatch):
     put(source, content)
     weights = Namespace(DEFAULT=Namespace(url=source.as_uri()))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr(train, "get_model_weights", lambda arch: weights)
+    monkeypatch.setattr(cxr.checkpoint, "get_model_weights", lambda arch: weights)
     return Namespace(source=source, path=path, url=source.as_uri())
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 import common
 import cxr.files
+import cxr.page
 import cxr.predictions
 import cxr.proportions
 import evaluate
@@ -91,7 +92,7 @@ def test_every_number_on_the_page_is_that_of_metrics_json(odd_names, tmp_path, f
         ppv, npv = (cxr.proportions.interval(each[name]) for name in ("ppv", "npv"))
         values = f"PPV {ppv}, NPV {npv}"
         assert f"{100 * each['prevalence']:.3g} %: {values}" in page.text
-    for title, lines in evaluate.findings(report):
+    for title, lines in cxr.page.findings(report):
         assert title in page.text and all(line in page.text for line in lines)
     assert report["intervals"] in page.text and "50 % of these images are PNEUMONIA" in page.text
     assert all(warning in page.text for warning in report["warnings"])
