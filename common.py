@@ -30,9 +30,9 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from cxr.cache import Cache
-from cxr.checkpoint import own_names
-from cxr.decode import explain_unreadable, open_image, stretch
-from cxr.errors import SHOWN, Failure, is_no_fault_of_the_file, progress, rank_and_world, warn
+from cxr.checkpoint import strip_prefix
+from cxr.decode import apply_window, decode, explain_unreadable
+from cxr.errors import SHOWN, Failure, is_system_error, progress, rank_and_world, warn
 
 # ---------------------------------------------------------------- transforms
 
@@ -78,8 +78,8 @@ def make_view(image, number, digest):
 
 
 def load_image(source, window):
-    """The radiograph as the network sees it: PIL, mode L, SIZE x SIZE; raises as open_image."""
-    return stretch(PREPARE(open_image(source, SIZE).grey), window)
+    """The radiograph as the network sees it: PIL, mode L, SIZE x SIZE; raises as decode."""
+    return apply_window(PREPARE(decode(source, SIZE).grey), window)
 
 
 # ---------------------------------------------------------------- network
@@ -160,7 +160,7 @@ def build_backbone(arch, state=None, source=None):
         network.transform_input = True  # from ImageNet's normalisation to these weights' own
     weight = bias = None
     if state:
-        state = own_names(state, network, source)
+        state = strip_prefix(state, network, source)
         weight, bias = state.pop(f"{name}.weight", None), state.pop(f"{name}.bias", None)
         own, parts = network.state_dict(), {part for part, _ in network.named_children()}
         parts.discard(name.split(".")[0])  # any other head, and what is no part of the network
@@ -201,7 +201,7 @@ class Views(Dataset):
         return len(self.images)
 
     def __getitem__(self, i):
-        path, digest = self.images[i].path, self.images[i].digest
+        path, digest = self.images[i].path, self.images[i].sha256
         try:
             content = path.read_bytes()
             if hashlib.sha256(content).hexdigest() != digest:
@@ -210,7 +210,7 @@ class Views(Dataset):
             views = (make_view(image, n, digest) for n in range(self.n_views))
             return i, torch.stack([v2.functional.pil_to_tensor(view) for view in views]), ""
         except Exception as error:  # damaged files make decoders raise nearly anything
-            if is_no_fault_of_the_file(error):
+            if is_system_error(error):
                 raise
             zeros = torch.zeros(self.n_views, 1, SIZE, SIZE, dtype=torch.uint8)
             return i, zeros, explain_unreadable(path, error)
@@ -279,7 +279,7 @@ def run_network(backbone, views, rows, features, cache, device, dtype, args, com
         batch_size=max(1, batch_size // views.n_views),
         pin_memory=device.type == "cuda",
         num_workers=workers,
-        worker_init_fn=ignore_ctrl_c,
+        worker_init_fn=leave_ctrl_c_to_main,
         timeout=120 if workers else 0,  # seconds until one that hangs is given up
         prefetch_factor=4 if workers else None,
     )
@@ -351,7 +351,7 @@ def count_workers(workers, n_images, device):
     return min(8, cores) if n_images >= 200 and (device.type != "cpu" or cores > 2) else 0
 
 
-def ignore_ctrl_c(_):
+def leave_ctrl_c_to_main(_):
     """In a worker: the main process alone answers Ctrl-C, ends its workers, and speaks."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stderr = open(os.devnull, "w")  # a thread of multiprocessing would print a traceback
@@ -378,7 +378,7 @@ def end_other_ranks():
 LOG_EVERY = 30  # seconds between two lines on the pass in a log file
 
 
-def without_bad(images, bad, skip_bad):
+def drop_unreadable(images, bad, skip_bad):
     """The rows to keep, after naming unreadable images; without skip_bad one is a Failure."""
     lines = [f"{images[row].path}: {reason}" for row, reason in sorted(bad.items())]
     if lines and not skip_bad:

@@ -22,17 +22,17 @@ import torch
 from torch import nn
 
 from cxr.bootstrap import DRAWS, INTERVALS
-from cxr.checkpoint import read_checkpoint
+from cxr.checkpoint import read_state_dict
 from cxr.cli import FLAGS, RUN_FLAGS, Parser, add_flags, number, run
 from cxr.compare import compare
 from cxr.errors import Failure, warn
-from cxr.files import hash_file, read_json, require_writable, versions, write_json
+from cxr.files import check_writable, hash_file, read_json, versions, write_json
 from cxr.folders import CLASSES, image_suffixes, list_images
-from cxr.leaks import find_leaks, training_images
+from cxr.leaks import leak_warnings, list_training_xrays
 from cxr.maps import class_maps, write_overlays
-from cxr.novelty import measure_unlike, warn_of_elsewhere
+from cxr.novelty import measure_novelty, novelty_warnings
 from cxr.page import NOT_ASSESSED, PICTURES, print_report, write_page
-from cxr.patients import Film, patient_of, read_metadata, read_split
+from cxr.patients import Xray, patient_from_name, read_metadata, read_split
 from cxr.plots import draw_pictures, draw_worst
 from cxr.predictions import (
     COLUMNS,
@@ -42,9 +42,9 @@ from cxr.predictions import (
     read_predictions,
     write_predictions,
 )
-from cxr.proportions import PREVALENCES, PROPORTIONS, at_prevalences
-from cxr.scores import below_chance, measure, measure_calibration, measure_subgroups
-from cxr.shortcuts import numbers_instead
+from cxr.proportions import PREVALENCES, PROPORTIONS, predictive_values
+from cxr.scores import below_chance, measure_calibration, measure_scores, measure_subgroups
+from cxr.shortcuts import single_number_baselines
 
 PACKAGES = ("torch", "torchvision", "torchmetrics", "scipy", "scikit-learn", "numpy", "pillow")
 
@@ -64,7 +64,7 @@ def load_model(path, device_name, arch=None):
 
     arch: the network of such a state dict, None for what model.json says, or a resnet50.
     """
-    state, about = read_checkpoint(path), path.with_suffix(".json")
+    state, about = read_state_dict(path), path.with_suffix(".json")
     info, doubts = read_json(about), []
     if info is None:
         info = {"arch": arch or "resnet50"}
@@ -139,7 +139,7 @@ def predict(model, images, names, args):
     good = [row for row in range(len(images)) if row not in bad]
     files = [name.as_posix().encode(errors="backslashreplace").decode() for name in names]
     if good and "features" in model.info:
-        unlike[good], group = measure_unlike(features[good], model.info["features"])
+        unlike[good], group = measure_novelty(features[good], model.info["features"])
         far = [row for row in unlike.nan_to_num().argsort(descending=True) if unlike[row] > 1]
         group["files"] = [files[row] for row in far]
     table = Table(
@@ -149,7 +149,7 @@ def predict(model, images, names, args):
         errors=[bad.get(row, "") for row in range(len(images))],
         unlike=unlike.numpy(),
         patients=[image.patient for image in images],
-        about=[{k: v for k, v in (i.about or {}).items() if k not in COLUMNS} for i in images],
+        about=[{k: v for k, v in (i.metadata or {}).items() if k not in COLUMNS} for i in images],
     )
     return table, bad, group
 
@@ -160,8 +160,8 @@ def predict(model, images, names, args):
 def summarise(report, table, args):
     """The report with every number of a table of predictions."""
     readable, threshold = table.readable(), report["threshold"]
-    metrics, counts = measure(readable, threshold, args.seed)
-    names = [patient_of(Path(file).name) or "" for file in readable.files]
+    metrics, counts = measure_scores(readable, threshold, args.seed)
+    names = [patient_from_name(Path(file).name) or "" for file in readable.files]
     groups = measure_subgroups(readable, names, threshold, args.seed)
     drawn = {name: each for name, each in metrics.items() if name not in PROPORTIONS}
     about = {"proportions": ", ".join(PROPORTIONS), "draws": DRAWS, "seed": args.seed}
@@ -177,7 +177,7 @@ def summarise(report, table, args):
         "intervals": INTERVALS.format(**about),
         "without_spread": [k for k, v in drawn.items() if k != "ece" and v["low"] is None],
         "subgroups": groups,
-        "elsewhere": at_prevalences(metrics, (*PREVALENCES, *args.prevalence)),
+        "elsewhere": predictive_values(metrics, (*PREVALENCES, *args.prevalence)),
         "left_out": count_left_out(table, report["model"] or {}),
         "not_assessed": [n for n in NOT_ASSESSED if not any(g.startswith(f"{n} ") for g in groups)],
         "calibration": measure_calibration(readable, report["model"] or {}),
@@ -205,25 +205,27 @@ def write_report(folder, report, table, pictures):
 def score_split(args):
     """DIR/test, or another split, with its labels."""
     if args.split == "test" and (args.data_dir / "train").is_dir():
-        require_test(args)
+        check_test_exists(args)
     rows = read_metadata(args.data_dir)
     images = read_split(args.data_dir, args.split, rows=rows)[args.split]
     model = load_model(args.checkpoint, args.device, args.arch)
-    require_outputs(args, model, "metrics.json", "predictions.csv")
+    check_outputs(args, model, "metrics.json", "predictions.csv")
     names = [image.path.relative_to(args.data_dir) for image in images]
     table, bad, unlike = predict(model, images, names, args)
-    images = [images[row] for row in common.without_bad(images, bad, args.skip_bad)]
+    images = [images[row] for row in common.drop_unreadable(images, bad, args.skip_bad)]
 
-    training, reason = training_images(args.data_dir, rows)
+    training, reason = list_training_xrays(args.data_dir, rows)
     report = {"split": args.split, "data": str(args.data_dir / args.split)}
     report["model"] = describe_model(args.checkpoint, model.info)
-    doubts = model.warnings + find_leaks(args, model, images, training) + warn_of_elsewhere(unlike)
+    doubts = (
+        model.warnings + leak_warnings(args, model, images, training) + novelty_warnings(unlike)
+    )
     report |= {"warnings": doubts, "unlike": unlike}
     report |= choose_threshold(args, model.info, args.checkpoint.with_suffix(".json"))
     report = summarise(report, table, args)
     report["shortcut"] = None
     if args.split == "test":
-        report["shortcut"] = numbers_instead(
+        report["shortcut"] = single_number_baselines(
             args, images, table.readable(), training, reason, common.SIZE
         )
     views = common.Views(images, 1, model.info.get("window", 0))
@@ -238,7 +240,7 @@ def score_split(args):
         warn(warning)
 
 
-def require_test(args):
+def check_test_exists(args):
     """A Failure where there is no test/: what to do, and that the model is not lost."""
     folder = args.data_dir / "test"
     if not folder.is_dir():
@@ -250,15 +252,15 @@ def require_test(args):
         )
 
 
-def classify(args):
+def classify_new(args):
     """New images: files, and the images directly inside folders."""
-    images, path = named_images(args.images), args.results_dir / "new_predictions.csv"
+    images, path = list_named_images(args.images), args.results_dir / "new_predictions.csv"
     model = load_model(args.checkpoint, args.device, args.arch)
-    require_outputs(args, model, path.name)
+    check_outputs(args, model, path.name)
     table, bad, unlike = predict(model, images, [image.path for image in images], args)
     chosen = choose_threshold(args, model.info, args.checkpoint.with_suffix(".json"))
     threshold, replaced = chosen["threshold"], path.exists()
-    common.without_bad(images, bad, args.skip_bad)
+    common.drop_unreadable(images, bad, args.skip_bad)
     write_predictions(path, table, threshold)
     print(f"Model {args.checkpoint}, threshold {threshold:.4g} ({chosen['threshold_from']})\n")
     width = max(map(len, table.files))
@@ -267,7 +269,7 @@ def classify(args):
         shown = "-" if error else f"{prob:.3f}"
         odd = f", unlike the training images ({far:.2g})" if far > 1 else ""
         print(f"{name:{width}}  {shown:>12}  {error or CLASSES[int(prob > threshold)]}{odd}")
-    for warning in model.warnings + warn_of_elsewhere(unlike):
+    for warning in model.warnings + novelty_warnings(unlike):
         warn(warning)
     if args.cam:
         readable = [image for row, image in enumerate(images) if row not in bad]
@@ -276,8 +278,8 @@ def classify(args):
     print(f"\nWritten: {path}{', in place of an earlier one' if replaced else ''}")
 
 
-def named_images(paths):
-    """[Film] of the files, and of the image files directly inside the folders."""
+def list_named_images(paths):
+    """[Xray] of the files, and of the image files directly inside the folders."""
     found = []
     for path in paths:
         if not path.is_dir() and not path.is_file():
@@ -289,7 +291,7 @@ def named_images(paths):
                 expected = f"holds class folders, name these: {' '.join(classes)}; {expected}"
             raise Failure(f"{path}: {expected}, found none")
         found += inside
-    return [Film(path, None, hash_file(path)) for path in found]
+    return [Xray(path, None, hash_file(path)) for path in found]
 
 
 def report_beside(path):
@@ -299,11 +301,11 @@ def report_beside(path):
     return read_json(path.with_name("metrics.json")) or {}
 
 
-def score_again(args):
+def rescore(args):
     """--from: an earlier predictions.csv, without images and network."""
     table, before = read_predictions(args.source), report_beside(args.source)
     if args.results_dir:
-        require_outputs(args, None, "metrics.json", "predictions.csv")
+        check_outputs(args, None, "metrics.json", "predictions.csv")
     report = {"split": args.split, "data": str(args.source), "model": None, "shortcut": None}
     report |= {"warnings": [], "unlike": None}
     report |= {key: before[key] for key in report if key in before}
@@ -326,9 +328,9 @@ def score_again(args):
         warn(warning)
 
 
-def require_outputs(args, model, *names):
+def check_outputs(args, model, *names):
     """A Failure, before the work, where what is to be written cannot be."""
-    require_writable(*(args.results_dir / name for name in names))
+    check_writable(*(args.results_dir / name for name in names))
     if not args.cam:
         return
     splits = [args.data_dir / split for split in ("train", "val", "test")]
@@ -341,7 +343,7 @@ def require_outputs(args, model, *names):
     if class_maps(model, noise) is None:
         ending = f"{model.info['arch']} does not end in global average pooling and one Linear"
         raise Failure(f"--cam: {ending}, so that it has no maps; leave --cam out")
-    require_writable(args.cam / "map.png")
+    check_writable(args.cam / "map.png")
 
 
 # ---------------------------------------------------------------- command line
@@ -404,7 +406,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    command = score_again if args.source else classify if args.images else score_split
+    command = rescore if args.source else classify_new if args.images else score_split
     return run(command, args, "evaluate.py")
 
 

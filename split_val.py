@@ -21,8 +21,8 @@ from pathlib import Path
 from common import SIZE
 from cxr.cli import Parser, add_flags, number, run
 from cxr.errors import Failure, warn
-from cxr.files import read_json, require_writable, sync_folder, write_json
-from cxr.folders import CLASSES, SPLIT_FILE, by_class, list_split, list_val
+from cxr.files import check_writable, read_json, sync_folder, write_json
+from cxr.folders import CLASSES, SPLIT_FILE, list_split, list_val, names_by_class
 from cxr.patients import METADATA, read_split
 
 try:
@@ -51,10 +51,10 @@ def choose_patients(images, n, seed):
         if all(counts[name] + more[name] <= n for name in CLASSES):
             counts += more
             taken += patients[patient]
-    return by_class(taken)
+    return names_by_class(taken)
 
 
-def count(files):
+def counts_in_words(files):
     """How many files of each class, in words; files: {class: names}."""
     return " and ".join(f"{len(files[name])} {name}" for name in CLASSES)
 
@@ -67,16 +67,16 @@ def plan_split(data_dir, n, seed):
     splits = ["train"] + ["test"] * (data_dir / "test").exists()
     found = read_split(data_dir, *splits)
     train = found["train"]
-    if unreadable := [image.path for split in splits for image in found[split] if not image.digest]:
+    if unreadable := [image.path for split in splits for image in found[split] if not image.sha256]:
         raise Failure(
             f"{unreadable[0]}: cannot be read ({len(unreadable)} such images); repair or remove it"
         )
-    present = by_class([image.path for image in train])
+    present = names_by_class([image.path for image in train])
     smaller = min(map(len, present.values()))
     third = max(1, min(smaller // 3, 50))  # what the reference takes, 50 of 150, and fits any set
     asked, n = n is not None, n or third
     if n >= smaller:
-        has = f"{data_dir / 'train'} has {count(present)} images"
+        has = f"{data_dir / 'train'} has {counts_in_words(present)} images"
         less = f"ask less, as --per-class {third} (make: PER_CLASS={third})"
         raise Failure(f"--per-class {n}: {has}, and some of each must stay; {less}")
     moved = choose_patients(train, n, seed)
@@ -85,7 +85,7 @@ def plan_split(data_dir, n, seed):
         others = f"see patient_id in {METADATA}, or ask for more: --per-class (make: PER_CLASS=)"
         raise Failure(f"--per-class {n}: {together}, and no choice is that small; {others}")
     if asked and any(len(files) < n for files in moved.values()):
-        warn(f"whole patients give {count(moved)} images, not {n} of each")
+        warn(f"whole patients give {counts_in_words(moved)} images, not {n} of each")
     if unknown := sum(image.patient is None for image in train):
         tell = f"{data_dir / METADATA} with columns file_name and patient_id can tell them"
         warn(f"{unknown} names in train/ tell no patient, each counts as one of its own; {tell}")
@@ -208,31 +208,36 @@ def split(args):
     with lock(data_dir):
         record, val = read_json(path), list_val(data_dir)
         if record is None and any(val.values()):
-            keep_foreign(data_dir, val)
+            keep_existing_val(data_dir, val)
             return
         plan = record or plan_split(data_dir, args.per_class, args.seed)
         if record:
-            warn_of_flags(args, record)
+            warn_if_flags_differ(args, record)
         moves = list_moves(data_dir, plan["moved"], "train", "val")
         if not moves:
             seed = f"seed {plan['seed']}"
-            print(f"{data_dir}: already split, {count(val)} images in val/ ({seed}); nothing moved")
+            print(
+                f"{data_dir}: already split, {counts_in_words(val)} images in val/ ({seed}); "
+                "nothing moved"
+            )
             return
         if record is None:
             write_json(path, plan)
         move(data_dir, moves)
-    what = f"{count(plan['moved'])} images of {plan['patients']} patients"
+    what = f"{counts_in_words(plan['moved'])} images of {plan['patients']} patients"
     print(f"Moved {what} from {data_dir / 'train'} to {data_dir / 'val'} (seed {plan['seed']})")
 
 
-def keep_foreign(data_dir, val):
-    print(f"{data_dir / 'val'} came with the data ({count(val)} images) and is left alone")
+def keep_existing_val(data_dir, val):
+    print(
+        f"{data_dir / 'val'} came with the data ({counts_in_words(val)} images) and is left alone"
+    )
     if min(map(len, val.values())) < 30:  # 30 + 30: a 95 % interval of accuracy is 20 points wide
         remedy = "--undo takes them back into train/, then split again"
         warn(f"so few images make early stopping a lottery; {remedy}")
 
 
-def warn_of_flags(args, record):
+def warn_if_flags_differ(args, record):
     """Says where the user asks for another split than the one that is there."""
     asked = (args.per_class or record["per_class"], args.seed or record["seed"])
     if asked != (record["per_class"], record["seed"]):
@@ -271,7 +276,7 @@ def check(args):
     if args.json and args.json.name == SPLIT_FILE:
         raise Failure(f"--json {args.json}: this is the name of the split's record; choose another")
     if args.json:
-        require_writable(args.json)
+        check_writable(args.json)
     with lock(args.data_dir):
         report = examine(args.data_dir, SIZE)
     print_report(report, SIZE)

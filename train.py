@@ -31,12 +31,12 @@ from cxr.checkpoint import load_weights, save_checkpoint
 from cxr.cli import RUN_FLAGS, Parser, add_flags, number, run
 from cxr.curves import choose_samples, draw_curves, draw_samples, write_history
 from cxr.errors import Failure
-from cxr.files import require_writable, versions, write_json
+from cxr.files import check_writable, versions, write_json
 from cxr.folders import CLASSES, SPLIT_FILE
-from cxr.folds import draw_doubtful, print_cross_validation, split_folds, summary, write_doubtful
+from cxr.folds import draw_doubtful, patient_folds, print_cross_validation, spread, write_doubtful
 from cxr.novelty import describe_features
 from cxr.patients import read_split
-from cxr.proportions import score_shares
+from cxr.proportions import accuracy_intervals
 from cxr.scores import SCORES, score
 
 # ---------------------------------------------------------------- training
@@ -60,7 +60,7 @@ class Standardize(nn.Module):
         return (x - self.mean) / self.std
 
 
-def as_linear(model):
+def fold_standardization(model):
     """The nn.Linear on raw features that computes what model, Standardize and nn.Linear, does."""
     standardize, linear = model
     with torch.no_grad():
@@ -97,7 +97,7 @@ def validate(model, features, labels, criterion):
     return criterion(logits, labels).item(), accuracy.item()
 
 
-class Trained(NamedTuple):
+class TrainedHead(NamedTuple):
     """A head at its best epoch."""
 
     head: nn.Linear  # on raw features
@@ -148,7 +148,9 @@ def train_head(train_features, train_labels, val_features, val_labels, args, see
             improved = val_loss < best_val_loss
             if improved:
                 best_val_loss = val_loss
-                best = Trained(as_linear(model), epoch, val_loss, val_accuracy, history)
+                best = TrainedHead(
+                    fold_standardization(model), epoch, val_loss, val_accuracy, history
+                )
             elif args.patience and epoch - best.epoch >= args.patience:
                 log("Early stopping triggered")
                 break
@@ -192,7 +194,7 @@ def train_seeds(train_features, train_labels, val_features, val_labels, args):
     return mean._replace(interrupted=interrupted), heads
 
 
-def print_weight(labels):
+def print_class_weight(labels):
     """Says what balanced_criterion does where the classes are not equally frequent."""
     n_positive = int(labels.sum())
     if n_positive != len(labels) - n_positive:
@@ -215,15 +217,15 @@ def one_thread():
 # ---------------------------------------------------------------- data and outputs
 
 
-def prepare(args, *outputs):
-    """(device, fast dtype, {split: [Film]}, Backbone); checks the outputs, before the work."""
+def load_inputs(args, *outputs):
+    """(device, fast dtype, {split: [Xray]}, Backbone); checks the outputs, before the work."""
     device, dtype = common.pick_device(args.device)
     splits = ["train", "val"]
     if args.folds and not (args.data_dir / "val").exists():
         splits.remove("val")  # cross-validation needs none
     found = {"val": []} | read_split(args.data_dir, *splits)
     backbone = common.build_backbone(args.arch, *load_weights(args))
-    require_writable(*outputs)
+    check_writable(*outputs)
     return device, dtype, found, backbone
 
 
@@ -232,7 +234,7 @@ def load_features(backbone, images, n_views, args, device, dtype, compiled=False
     features, bad = common.extract_features(
         backbone, images, n_views, args.window, device, dtype, args, compiled
     )
-    kept = common.without_bad(images, bad, args.skip_bad)
+    kept = common.drop_unreadable(images, bad, args.skip_bad)
     images, skipped = [images[row] for row in kept], [images[row] for row in sorted(bad)]
     for label, name in enumerate(CLASSES):
         if all(image.label != label for image in images):
@@ -244,7 +246,7 @@ def labels_of(images):
     return torch.tensor([float(image.label) for image in images])
 
 
-def describe(args, backbone, best, heads, images, skipped):
+def describe_training(args, backbone, best, heads, images, skipped):
     """What model.json says, but for what is fitted on val and the SHA-256 of the model."""
 
     def below(image):
@@ -268,7 +270,7 @@ def describe(args, backbone, best, heads, images, skipped):
         "flags": {name: plain(value) for name, value in vars(args).items()},
         "versions": versions("torch", "torchvision", "pillow"),
         "date": time.strftime("%Y-%m-%d %H:%M:%S%z"),
-        "images": {name: {below(i): i.digest for i in found} for name, found in images.items()},
+        "images": {name: {below(i): i.sha256 for i in found} for name, found in images.items()},
         "skipped": [below(image) for image in skipped],
     }
 
@@ -276,7 +278,7 @@ def describe(args, backbone, best, heads, images, skipped):
 # ---------------------------------------------------------------- cross-validation
 
 
-def held_out_probs(views, features, labels, train, val, held_out, args, seed):
+def predict_held_out(views, features, labels, train, val, held_out, args, seed):
     """(P(PNEUMONIA) of the held-out rows, best epoch) of a head trained on `train`."""
     data = views[train], labels[train], features[val], labels[val]
     trained = train_head(*data, args, seed, log=lambda line: None)
@@ -296,7 +298,7 @@ def cross_validate(args):
     """
     names = "cv.json", "doubtful_labels.csv", "doubtful_labels.png"
     path, table, sheet = (args.results_dir / name for name in names)
-    device, dtype, found, backbone = prepare(args, path, table, sheet)
+    device, dtype, found, backbone = load_inputs(args, path, table, sheet)
     both = found["train"] + found["val"]
     views, images, _ = load_features(
         backbone, both, args.views, args, device=device, dtype=dtype, compiled=args.compile
@@ -312,34 +314,34 @@ def cross_validate(args):
     bar = tqdm(total=args.folds * args.repeats, unit=" heads", disable=None)
     with one_thread(), bar:
         for seed in range(args.seed, args.seed + args.repeats):
-            folds, probs = split_folds(images, labels, args.folds, seed), torch.zeros(len(labels))
+            folds, probs = patient_folds(images, labels, args.folds, seed), torch.zeros(len(labels))
             for i, held_out in enumerate(folds):
                 val = folds[i - 1]
                 train = torch.cat(
                     [rows for rows in folds if rows is not val and rows is not held_out]
                 )
-                probs[held_out], epoch = held_out_probs(*data, train, val, held_out, args, seed)
+                probs[held_out], epoch = predict_held_out(*data, train, val, held_out, args, seed)
                 by_fold.append(score(probs[held_out], labels[held_out].long(), args.threshold))
                 epochs.append(epoch)
                 bar.update()
             by_repeat.append(probs)
         if found["val"]:
             train, val = torch.arange(len(labels)).split([n_train, len(labels) - n_train])
-            probs, single["epoch"] = held_out_probs(*data, train, val, val, args, args.seed)
+            probs, single["epoch"] = predict_held_out(*data, train, val, val, args, args.seed)
             single |= score(probs, labels[val].long(), args.threshold)
 
     probs = torch.stack(by_repeat)
-    shares = score_shares(probs > args.threshold, labels, images)
+    shares = accuracy_intervals(probs > args.threshold, labels, images)
     pooled = [score(each, labels.long(), args.threshold) for each in probs]
     metrics = {
-        name: {"value": summary([scores[name] for scores in pooled])["mean"]}
+        name: {"value": spread([scores[name] for scores in pooled])["mean"]}
         | {"low": None, "high": None}
         | shares.get(name, {})
-        | summary([scores[name] for scores in by_fold])
+        | spread([scores[name] for scores in by_fold])
         | {"single_split": single.get(name)}
         for name in SCORES
     }
-    epochs = summary(epochs) | {"single_split": single.get("epoch")}
+    epochs = spread(epochs) | {"single_split": single.get("epoch")}
     print_cross_validation(metrics, epochs, len(labels), args)
     about = {"folds": args.folds, "repeats": args.repeats, "n": len(labels)}
     write_json(path, about | {"metrics": metrics, "epochs": epochs})
@@ -404,13 +406,13 @@ def sample_views(images, args):
     found = []
     for image in images:
         picture, numbers = common.load_image(image.path, args.window), range(min(args.views, 8))
-        found.append([common.make_view(picture, number, image.digest) for number in numbers])
+        found.append([common.make_view(picture, number, image.sha256) for number in numbers])
     return found
 
 
 def train(args):
     about, report = args.checkpoint.with_suffix(".json"), args.results_dir / "metrics.json"
-    device, dtype, found, backbone = prepare(args, args.checkpoint, about, report)
+    device, dtype, found, backbone = load_inputs(args, args.checkpoint, about, report)
     views, train_images, skipped = load_features(
         backbone,
         found["train"],
@@ -425,7 +427,7 @@ def train(args):
     )
     common.end_other_ranks()
     features, labels = features[:, 0], labels_of(val_images)
-    print_weight(labels_of(train_images))
+    print_class_weight(labels_of(train_images))
 
     with one_thread():
         best, heads = train_seeds(views, labels_of(train_images), features, labels, args)
@@ -439,9 +441,11 @@ def train(args):
         best.head.bias.mul_(slope).add_(intercept)
 
     fitted = {"threshold": threshold, "slope": slope, "intercept": intercept}
-    fitted["at_threshold"] = score_shares(probs > threshold, labels, val_images)
+    fitted["at_threshold"] = accuracy_intervals(probs > threshold, labels, val_images)
     images = {"train": train_images, "val": val_images}
-    described = describe(args, backbone, best, heads, images, skipped + val_skipped) | fitted
+    described = (
+        describe_training(args, backbone, best, heads, images, skipped + val_skipped) | fitted
+    )
     standardize = Standardize(views[:, :1])
     described["features"] = describe_features(
         standardize.mean, standardize.std, standardize(features)

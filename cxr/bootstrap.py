@@ -7,7 +7,7 @@ import numpy as np
 import scipy.stats
 from scipy.special import expit, logit
 
-from cxr.proportions import wald
+from cxr.proportions import wald_interval
 
 DRAWS = 2000  # of the bootstrap
 INTERVALS = (
@@ -20,7 +20,7 @@ INTERVALS = (
 )
 
 
-def bootstrap(table, statistic, seed, method):
+def bootstrap_patients(table, statistic, seed, method):
     """(scipy's bootstrap of statistic(rows) -> (k,), the number of patients of the smaller class).
 
     Patients are drawn with all their images, as many of each class as there are. Images of one
@@ -46,13 +46,13 @@ def bootstrap(table, statistic, seed, method):
     return found, min(map(len, rows_of))
 
 
-def logit_intervals(table, statistic, seed):
+def logit_t_intervals(table, statistic, seed):
     """[{value, low, high}] of statistic(rows) -> (k,) in (0, 1): Student's t on the logit.
 
     Its deviation is the bootstrap's. Percentiles, BCa's too, hold an AUROC of few patients too
     rarely: 89 % where 95 are wanted, 20 % PNEUMONIA and three images a patient; this holds 96.
     """
-    (drawn, m), found = bootstrap(table, statistic, seed, "percentile"), []
+    (drawn, m), found = bootstrap_patients(table, statistic, seed, "percentile"), []
     for value, sd in zip(statistic(range(len(table.files))), drawn.standard_error, strict=True):
         found.append({"value": float(value), "low": None, "high": None})
         if sd > 1e-6:  # else all draws are alike
@@ -65,6 +65,6 @@ def logit_intervals(table, statistic, seed):
 
 def paired_differences(table, differences, seed):
     """[{value, low, high}] of differences(rows) -> (k,), of scores on the same drawn patients."""
-    drawn, _ = bootstrap(table, differences, seed, "percentile")
+    drawn, _ = bootstrap_patients(table, differences, seed, "percentile")
     values = differences(range(len(table.files)))
-    return [wald(*each) for each in zip(values, drawn.standard_error, strict=True)]
+    return [wald_interval(*each) for each in zip(values, drawn.standard_error, strict=True)]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from cxr.errors import progress, warn
-from cxr.files import replacing
+from cxr.files import atomic_write
 
 ZIP_ERRORS = zipfile.BadZipFile, zlib.error, NotImplementedError
 
@@ -24,7 +24,7 @@ class Cache:
         self.folder = Path(cache_dir, key)
 
     def path(self, image):
-        return self.folder / f"{image.digest}.npz"
+        return self.folder / f"{image.sha256}.npz"
 
     def fill(self, features, images, rows):
         """Fills features[row], (n_views, width), for the rows that are kept; returns the others."""
@@ -48,5 +48,5 @@ class Cache:
         return missing
 
     def save(self, image, views):
-        with replacing(self.path(image), sync=False) as file:  # a cache may be lost
+        with atomic_write(self.path(image), sync=False) as file:  # a cache may be lost
             np.savez(file, views=views.numpy())

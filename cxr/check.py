@@ -9,20 +9,20 @@ import numpy as np
 import PIL.Image
 
 from cxr.decode import explain_unreadable
-from cxr.duplicates import report_duplicates, report_negatives
-from cxr.errors import Failure, is_no_fault_of_the_file
-from cxr.folders import CLASSES, list_split, list_val, require_whole_split
-from cxr.leaks import report_patients
+from cxr.duplicates import find_duplicates, find_negatives
+from cxr.errors import Failure, is_system_error
+from cxr.folders import CLASSES, check_split_is_complete, list_split, list_val
+from cxr.leaks import find_shared_patients
 from cxr.patients import identify_all, read_metadata
-from cxr.shortcuts import image_numbers, report_properties, report_shortcuts
+from cxr.shortcuts import find_properties, find_shortcuts, image_numbers
 
 
-class Xray(NamedTuple):
+class ExaminedXray(NamedTuple):
     file: str  # split/class/name, below the data folder
     folder: str  # split/class
     split: str
     label: int  # index into CLASSES
-    digest: str  # SHA-256 of the file
+    sha256: str  # of the file
     pixels: str  # SHA-256 of the grey levels as decoded
     patient: str  # not the group, which may merge patients; else the file itself
     numbers: dict  # of common.image_numbers
@@ -30,8 +30,8 @@ class Xray(NamedTuple):
     thumbnail: np.ndarray  # uint8 (96, 96), grey
 
 
-def look_at(image, size):
-    """An Xray, or (file, reason) where the image cannot be read."""
+def examine_image(image, size):
+    """An ExaminedXray, or (file, reason) where the image cannot be read."""
     path = image.path
     split, name = path.parts[-3:-1]
     file = f"{split}/{name}/{path.name}"
@@ -39,15 +39,15 @@ def look_at(image, size):
         numbers, grey, scan = image_numbers(path, size)
         properties = "{}x{}".format(*scan.size), scan.mode, scan.format
     except Exception as error:  # damaged files make decoders raise nearly anything
-        if is_no_fault_of_the_file(error):
+        if is_system_error(error):
             raise
         return file, explain_unreadable(path, error)
-    return Xray(
+    return ExaminedXray(
         file=file,
         folder=f"{split}/{name}",
         split=split,
         label=CLASSES.index(name),
-        digest=image.digest,
+        sha256=image.sha256,
         pixels=hashlib.sha256(f"{grey.size}".encode() + grey.tobytes()).hexdigest(),
         patient=image.patient or file,
         numbers=numbers,
@@ -61,15 +61,15 @@ LINES = 25  # errors and warnings on the page
 
 def examine(data_dir, size):
     """Everything the check finds: what --json holds."""
-    require_whole_split(data_dir)
+    check_split_is_complete(data_dir)
     splits = ["train"] + ["val"] * any(list_val(data_dir).values())
     splits += ["test"] * (data_dir / "test").exists()
     listed = [each for split in splits for each in list_split(data_dir, split, others=True)]
     images = identify_all(listed, read_metadata(data_dir))
     with ThreadPoolExecutor() as pool:
-        looks = list(pool.map(lambda image: look_at(image, size), images))
-    xrays = [look for look in looks if isinstance(look, Xray)]
-    unreadable = [look for look in looks if not isinstance(look, Xray)]
+        looks = list(pool.map(lambda image: examine_image(image, size), images))
+    xrays = [look for look in looks if isinstance(look, ExaminedXray)]
+    unreadable = [look for look in looks if not isinstance(look, ExaminedXray)]
     images = Counter(xray.folder for xray in xrays)
     if len(images) < 2 * len(splits):
         raise Failure(f"{data_dir}: no image of a folder can be read ({': '.join(unreadable[0])})")
@@ -84,11 +84,11 @@ def examine(data_dir, size):
     if "test" not in splits:
         none = "no test/: nothing to report a result on; move whole patients there out of train/"
         report["warnings"].append(f"{none} before the split")
-    report_duplicates(report, xrays)
-    report_negatives(report, xrays)
-    report_patients(report, xrays)
-    report_properties(report, xrays)
-    report_shortcuts(report, xrays)
+    find_duplicates(report, xrays)
+    find_negatives(report, xrays)
+    find_shared_patients(report, xrays)
+    find_properties(report, xrays)
+    find_shortcuts(report, xrays)
     return report
 
 

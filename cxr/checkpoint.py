@@ -13,7 +13,7 @@ import torch
 from torchvision.models import get_model_weights
 
 from cxr.errors import FULL, Failure, warn
-from cxr.files import hash_file, replacing, write_json
+from cxr.files import atomic_write, hash_file, write_json
 
 RESNET50_SHA256 = "11ad3fa62ca79e40addfd354a8ec4b7c75143b3038b8d2a807fbc68deab379ca"
 DOWNLOAD_ERRORS = (OSError, RuntimeError, http.client.HTTPException)
@@ -27,7 +27,7 @@ def load_weights(args):
     path = imagenet_file(args.arch) if args.weights == "imagenet" else Path(args.weights)
     if not path.is_file():
         raise Failure(f"--weights {path}: no such file; expected imagenet, random or a state dict")
-    return read_checkpoint(path), path
+    return read_state_dict(path), path
 
 
 def imagenet_file(arch):
@@ -61,7 +61,7 @@ def imagenet_file(arch):
     return path
 
 
-def read_checkpoint(path):
+def read_state_dict(path):
     """{name: tensor}, the state dict in a file. Data, never code; a damaged file is a Failure."""
     path = Path(path)
     if not path.is_file():
@@ -76,7 +76,7 @@ def read_checkpoint(path):
                     raise Failure(f"{path}: not a readable checkpoint, {broken} is damaged")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            state = find_state(torch.load(path, "cpu", weights_only=True), path)
+            state = find_state_dict(torch.load(path, "cpu", weights_only=True), path)
         for key, value in state.items():
             if value.numel() * value.element_size() > size:
                 raise Failure(f"{path}: {key} is larger than the file")
@@ -101,7 +101,7 @@ def read_checkpoint(path):
     return {old.sub(r"\1\2", key): value for key, value in state.items()}
 
 
-def find_state(checkpoint, path):
+def find_state_dict(checkpoint, path):
     """The one dict of tensors in a checkpoint: itself, or its "state_dict", "model" or the like."""
 
     def is_state(x):
@@ -118,7 +118,7 @@ def find_state(checkpoint, path):
     return checkpoint[found[0]]
 
 
-def own_names(state, network, source):
+def strip_prefix(state, network, source):
     """The state dict without what stands before every name of the network there.
 
     That is "module." of DataParallel, "_orig_mod." of torch.compile, "backbone." or "model.".
@@ -139,6 +139,6 @@ def save_checkpoint(path, backbone, head, about):
     state[f"{backbone.head_name}.bias"] = head.bias.detach().clone()
     buffer = io.BytesIO()  # torch's own error on a full disk does not name it
     torch.save(state, buffer)
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(buffer.getbuffer())
     write_json(path.with_suffix(".json"), about | {"sha256": hash_file(path)})

@@ -23,13 +23,13 @@ def run(command, args, script):
             stream.reconfigure(errors="backslashreplace")
     before = None
     with contextlib.suppress(ValueError):  # only the main thread may set a handler
-        before = signal.signal(signal.SIGTERM, terminate)
+        before = signal.signal(signal.SIGTERM, on_sigterm)
     try:
         command(args)
         sys.stdout.flush()
         return 0
     except (Failure, KeyboardInterrupt, MemoryError, OSError) as error:
-        status, message = explain(error, args)
+        status, message = describe_error(error, args)
         if args.debug:
             traceback.print_exc()
         line = f"{script}: {' '.join(message.split())}"
@@ -40,7 +40,7 @@ def run(command, args, script):
             signal.signal(signal.SIGTERM, before)
 
 
-def explain(error, args):
+def describe_error(error, args):
     """(exit status, message) of an error that is no bug."""
     if isinstance(error, Failure):
         return error.status, str(error)
@@ -59,7 +59,7 @@ def explain(error, args):
     return 4 if error.errno in RESOURCES else 2, message
 
 
-def terminate(*_):
+def on_sigterm(*_):
     if hasattr(signal, "SIGCHLD"):  # torch's handler would raise where workers end by SIGTERM, too
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     raise Terminated

@@ -6,7 +6,7 @@ import torch
 
 from cxr.bootstrap import paired_differences
 from cxr.errors import Failure
-from cxr.scores import measure, score
+from cxr.scores import measure_scores, score
 
 COMPARED = ("accuracy", "f1", "auroc")
 
@@ -34,16 +34,16 @@ def compare(table, other, threshold, other_threshold, path, seed):
     right_here = (table.probs > threshold) == table.labels
     right_there = (other.probs > other_threshold) == table.labels
     found = paired_differences(table, differences, seed)
-    metrics, _ = measure(other, other_threshold, seed)
+    metrics, _ = measure_scores(other, other_threshold, seed)
     return {
         "other": {name: metrics[name] for name in COMPARED},
         "difference": dict(zip(COMPARED, found, strict=True)),
         "right_only_here": int((right_here & ~right_there).sum()),
         "right_only_there": int((right_there & ~right_here).sum()),
-    } | sign_test(right_here, right_there, table.clusters(), seed)
+    } | paired_sign_test(right_here, right_there, table.clusters(), seed)
 
 
-def sign_test(right_here, right_there, clusters, seed):
+def paired_sign_test(right_here, right_there, clusters, seed):
     """{p_value, test} that one model is right as often as the other, of bool (n,).
 
     Each patient counts once, with the net number of images that are right only here. Where that is

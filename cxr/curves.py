@@ -4,14 +4,14 @@ import csv
 
 import PIL.ImageFont
 
-from cxr.files import replacing, save_figure
+from cxr.files import atomic_write, save_figure
 from cxr.folders import CLASSES, COLOURS
 
 HISTORY = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr")
 
 
 def write_history(path, history):
-    with replacing(path, "w") as file:
+    with atomic_write(path, "w") as file:
         writer = csv.writer(file)
         writer.writerow(HISTORY)
         writer.writerows(history)
@@ -43,8 +43,8 @@ def draw_curves(path, history, best_epoch):
 
 def choose_samples(images):
     """Two training images of each class."""
-    by_class = [[image for image in images if image.label == label] for label in (0, 1)]
-    return [found[third * len(found) // 3] for found in by_class for third in (1, 2)]
+    names_by_class = [[image for image in images if image.label == label] for label in (0, 1)]
+    return [found[third * len(found) // 3] for found in names_by_class for third in (1, 2)]
 
 
 def draw_samples(path, images, views):
@@ -58,5 +58,5 @@ def draw_samples(path, images, views):
             title = f"{CLASSES[image.label]} {image.path.name:.20}\n" if x == 0 else "\n"
             draw.text((x * width + 4, y * height + 4), title + name, "black", font)
             sheet.paste(views[y][x], (x * width + 4, y * height + 36))
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         sheet.save(file, format="png", compress_level=1)

@@ -24,7 +24,7 @@ def is_dicom(start):
     return start[128:132] == b"DICM"
 
 
-class Scan(NamedTuple):
+class Decoded(NamedTuple):
     """A decoded radiograph, and what its file is."""
 
     grey: PIL.Image.Image  # upright; mode L, or F where a pixel has more bits than 8
@@ -35,8 +35,8 @@ class Scan(NamedTuple):
     quality: int  # of a JPEG, 1 to 100 as libjpeg counts, else 0
 
 
-def open_image(source, size):
-    """The Scan at `source`, a path or the bytes of a file: here, and only here, files are decoded.
+def decode(source, size):
+    """The Decoded at `source`, a path or the bytes of a file. Files are decoded here and only here.
 
     A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size (libjpeg's scaled DCT), never below
     `size` pixels.
@@ -46,7 +46,7 @@ def open_image(source, size):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd metadata; damaged pixels raise
         try:
-            scan = open_dicom(content) if is_dicom(content) else open_picture(content, size)
+            scan = decode_dicom(content) if is_dicom(content) else decode_with_pillow(content, size)
         except AttributeError as error:
             raise ValueError(f"a header that is not complete: {error}") from None
     low, high = scan.grey.getextrema()
@@ -55,17 +55,17 @@ def open_image(source, size):
     return scan
 
 
-def require_shape(width, height):
+def check_shape(width, height):
     if width * height > MAX_PIXELS:
         raise ValueError(f"{width}x{height} pixels, more than {MAX_PIXELS:,}")
     if max(width, height) > 20 * min(width, height):
         raise ValueError(f"{width}x{height} pixels, no radiograph's shape")
 
 
-def open_picture(content, size):
-    """The Scan of what Pillow reads."""
+def decode_with_pillow(content, size):
+    """The Decoded of what Pillow reads."""
     with PIL.Image.open(io.BytesIO(content), formats=FORMATS) as image:
-        require_shape(*image.size)
+        check_shape(*image.size)
         mode, shape, kind = image.mode, image.size, image.format
         if mode == "1":
             raise ValueError("a picture of two colours, expected grey levels")
@@ -86,7 +86,7 @@ def open_picture(content, size):
             grey = grey.transpose(UPRIGHT[image.getexif()[0x0112]])
     about = ImageMode.getmode(mode)
     bits = 8 * int(about.typestr[-1]) * len(about.bands)
-    return Scan(grey, shape, mode, bits, kind, jpeg_quality(tables) if tables else 0)
+    return Decoded(grey, shape, mode, bits, kind, jpeg_quality(tables) if tables else 0)
 
 
 def jpeg_quality(tables):
@@ -95,8 +95,8 @@ def jpeg_quality(tables):
     return min(100, max(1, round(100 - scale / 2 if scale <= 100 else 5000 / scale)))
 
 
-def open_dicom(content):
-    """The Scan of a DICOM file: rescaled, in its VOI window, MONOCHROME1 turned (PS3.3 C.7.6.3)."""
+def decode_dicom(content):
+    """The Decoded of a DICOM file: rescaled, in its VOI window, MONOCHROME1 turned (C.7.6.3)."""
     import pydicom
     from pydicom.pixels import apply_rescale, apply_voi_lut, get_decoder
 
@@ -110,7 +110,7 @@ def open_dicom(content):
         raise ValueError(f"{frames} pictures in one file, expected one")
     if mode not in ("MONOCHROME1", "MONOCHROME2"):
         raise ValueError(f"DICOM in {mode}, expected MONOCHROME1 or MONOCHROME2")
-    require_shape(file.Columns, file.Rows)
+    check_shape(file.Columns, file.Rows)
     syntax = file.file_meta.TransferSyntaxUID
     if not get_decoder(syntax).is_available:
         packages = "pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
@@ -130,10 +130,10 @@ def open_dicom(content):
             pixels = np.where(outside, pixels[~outside].min(), pixels)
     eight = file.BitsStored <= 8 and pixels.min() >= 0 and pixels.max() <= 255
     grey = PIL.Image.fromarray(pixels.round().astype(np.uint8) if eight else np.float32(pixels))
-    return Scan(grey, (file.Columns, file.Rows), mode, file.BitsAllocated, "DICOM", 0)
+    return Decoded(grey, (file.Columns, file.Rows), mode, file.BitsAllocated, "DICOM", 0)
 
 
-def stretch(image, window):
+def apply_window(image, window):
     """The grey image, PIL mode L, stretched between two of its own grey levels.
 
     An absolute grey level means nothing on a radiograph: exposure, export and windowing set it.

@@ -19,7 +19,7 @@ RAMP = np.minimum(np.minimum(np.arange(88) + 0.5, 87.5 - np.arange(88)) / 8, 1)
 TAPER = np.outer(RAMP, RAMP).astype(np.float32)  # fades out what a shift moves out of the picture
 
 
-def unit(image):
+def normalise(image):
     """Mean 0 and length 1, so that products are correlations; a constant image is all 0."""
     image = image - image.mean()
     return image / max(np.linalg.norm(image), 1e-3)
@@ -48,9 +48,9 @@ def find_near_duplicates(thumbnails):
     # a copy that was moved may have black edges: without the outer 4 pixels
     inner = thumbnails[:, 4:-4, 4:-4].astype(np.float32)
     # 10 x 10 samples, at places that a mirror maps onto each other
-    blurred = np.stack([unit(gaussian_filter(x, 6)[3::9, 3::9]) for x in inner])
+    blurred = np.stack([normalise(gaussian_filter(x, 6)[3::9, 3::9]) for x in inner])
     details = np.stack(
-        [unit((gaussian_filter(x, 1) - gaussian_filter(x, 2)) * TAPER) for x in inner]
+        [normalise((gaussian_filter(x, 1) - gaussian_filter(x, 2)) * TAPER) for x in inner]
     )
     spectra, copies = fft.rfft2(details), {}
     for mirrored, step in ((False, 1), (True, -1)):
@@ -70,11 +70,11 @@ def find_near_duplicates(thumbnails):
     return copies
 
 
-def report_duplicates(report, xrays):
+def find_duplicates(report, xrays):
     """Adds to the report the images that occur more than once, exactly or nearly."""
     report["same"], report["nearly_same"], first = [], [], {}
     for i, b in enumerate(xrays):
-        a = xrays[min(first.setdefault(key, i) for key in (b.digest, b.pixels))]
+        a = xrays[min(first.setdefault(key, i) for key in (b.sha256, b.pixels))]
         if a is not b:
             report["same"].append([a.file, b.file])
             # inside a folder it only weighs double; elsewhere train.py would refuse it
@@ -91,13 +91,13 @@ def report_duplicates(report, xrays):
         report[level].append(f"{a.file} is {what} as {b.file} (correlation {alike})")
 
 
-def report_negatives(report, xrays):
+def find_negatives(report, xrays):
     """Adds to the report the images that look like negatives of the others.
 
     What all have in common is the first principal component of their blurred thumbnails.
     """
     blurred = np.stack(
-        [unit(gaussian_filter(np.float32(x.thumbnail), 6)[3::6, 3::6]) for x in xrays]
+        [normalise(gaussian_filter(np.float32(x.thumbnail), 6)[3::6, 3::6]) for x in xrays]
     )
     blurred = blurred.reshape(len(xrays), -1)
     common_part = np.linalg.eigh(blurred.T @ blurred)[1][:, -1]

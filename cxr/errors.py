@@ -40,7 +40,7 @@ FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # of a disk, or of what a file m
 RESOURCES = *FULL, errno.EIO, errno.EAGAIN, errno.EMFILE, errno.ENFILE
 
 
-def is_no_fault_of_the_file(error):
+def is_system_error(error):
     """Whether reading failed for want of memory, of permission, of what the system has."""
     scarce = isinstance(error, OSError) and error.errno in RESOURCES
     return scarce or isinstance(error, MemoryError | PermissionError)

@@ -12,11 +12,11 @@ import zlib
 from importlib import metadata
 from pathlib import Path
 
-from cxr.errors import Failure, is_no_fault_of_the_file
+from cxr.errors import Failure, is_system_error
 
 
 @contextlib.contextmanager
-def replacing(path, mode="wb", sync=True):
+def atomic_write(path, mode="wb", sync=True):
     """A file that takes the place of `path` when it is whole; after an error path is as it was.
 
     sync: on disk first, so that a power cut cannot leave less.
@@ -51,7 +51,7 @@ def sync_folder(folder):
             os.close(file)
 
 
-def require_writable(*paths):
+def check_writable(*paths):
     """A Failure, before the work, unless files can be written at `paths`; makes their folders."""
     for path in paths:
         if path.exists() and not path.is_file():
@@ -70,7 +70,7 @@ def checksum(content):
 
 def write_json(path, content):
     """Writes a dict as JSON, with a checksum: a changed digit leaves JSON that looks right."""
-    with replacing(path, "w") as file:
+    with atomic_write(path, "w") as file:
         json.dump({"checksum": checksum(content)} | content, file, indent=1, allow_nan=False)
         file.write("\n")
 
@@ -93,7 +93,7 @@ def hash_file(path):
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except OSError as error:
-        if is_no_fault_of_the_file(error):
+        if is_system_error(error):
             raise
         return ""
 
@@ -105,7 +105,7 @@ def versions(*packages):
 
 
 def save_figure(path, figure, dpi):
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=dpi)
 
 

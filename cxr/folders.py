@@ -45,7 +45,7 @@ def list_split(data_dir, split, others=False):
     """[(path, label)] of data_dir/split. Anything but the two class folders is a Failure."""
     root = Path(data_dir, split)
     if not root.is_dir():
-        hint = f"see --data-dir{better_level(data_dir)}"
+        hint = f"see --data-dir{suggest_data_dir(data_dir)}"
         if split == "val" and Path(data_dir, "train").is_dir():
             hint = "run split_val.py first"
         raise Failure(f"{root}: no such folder, expected {' and '.join(CLASSES)} in it ({hint})")
@@ -78,7 +78,7 @@ def list_split(data_dir, split, others=False):
     return images
 
 
-def better_level(data_dir):
+def suggest_data_dir(data_dir):
     """Where the data folder may be instead, in words: one above, or one or two below."""
     data_dir = Path(data_dir)
     levels = [data_dir.parent, *sorted(data_dir.glob("*/")), *sorted(data_dir.glob("*/*/"))]
@@ -88,7 +88,7 @@ def better_level(data_dir):
     return ""
 
 
-def require_whole_split(data_dir):
+def check_split_is_complete(data_dir):
     """A Failure where split_val.py was interrupted."""
     record = read_json(Path(data_dir, SPLIT_FILE)) or {"moved": {}}
     for name, files in record["moved"].items():
@@ -111,9 +111,9 @@ def list_val(data_dir):
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
             raise Failure(f"{folder}: expected a folder, found a link or a file; move it away")
         paths += list_images(folder) if folder.exists() else []
-    return by_class(paths)
+    return names_by_class(paths)
 
 
-def by_class(paths):
+def names_by_class(paths):
     """{class: sorted file names}."""
     return {name: sorted(p.name for p in paths if p.parent.name == name) for name in CLASSES}

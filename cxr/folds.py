@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from cxr.errors import Failure
-from cxr.files import replacing, save_figure
+from cxr.files import atomic_write, save_figure
 from cxr.folders import CLASSES
 
 
-def summary(values):
+def spread(values):
     """mean, deviation, min and max of numbers, as a dict."""
     values = [value for value in values if value is not None]
     if not values:
@@ -23,7 +23,7 @@ def summary(values):
     return {"mean": statistics.fmean(values)} | spread
 
 
-def split_folds(images, labels, n_folds, seed):
+def patient_folds(images, labels, n_folds, seed):
     """[rows of a fold], whole patients, the classes evenly spread, drawn from the seed."""
     from sklearn.model_selection import StratifiedGroupKFold
 
@@ -49,7 +49,7 @@ def write_doubtful(table, probs, labels, images, args):
     missed = ((probs > args.threshold) != (labels > 0.5)).sum(0)
     order = loss.argsort(descending=True, stable=True).tolist()
     files = [image.path.relative_to(args.data_dir).as_posix() for image in images]
-    with replacing(table, "w") as file:
+    with atomic_write(table, "w") as file:
         writer = csv.writer(file)
         writer.writerow(("file", "label", "mean_probability", "mean_loss", "missed", "repeats"))
         for row in order:

@@ -8,14 +8,14 @@ from cxr.folders import list_split
 from cxr.patients import METADATA, identify_all
 
 
-def find_leaks(args, model, images, training):
+def leak_warnings(args, model, images, training):
     """Warnings about images that the model learned from, and about a model of other images.
 
-    images: [Film], which are scored; training: [Film] of train/ and val/.
+    images: [Xray], which are scored; training: [Xray] of train/ and val/.
     """
     by_split = model.info.get("images", {}).values()
     learned = {digest for found in by_split for digest in found.values()}
-    here = {image.digest for image in training}
+    here = {image.sha256 for image in training}
     doubts = []
     if learned and here and (strange := learned - here):
         which = f"{len(strange)} of the {len(learned)} images that the model learned from"
@@ -24,7 +24,7 @@ def find_leaks(args, model, images, training):
     if args.split != "test":
         made = f"the network was made with the {args.split} images"
         return [*doubts, f"{made}: these numbers are NO TEST RESULT"]
-    if leaked := [image.path.name for image in images if image.digest in learned | here]:
+    if leaked := [image.path.name for image in images if image.sha256 in learned | here]:
         which = f"{len(leaked)} of {len(images)} test images"
         among = f"WERE AMONG THE TRAINING OR VALIDATION IMAGES, as {leaked[0]}"
         doubts.append(f"{which} {among}: these numbers are no test result")
@@ -35,8 +35,8 @@ def find_leaks(args, model, images, training):
     return doubts
 
 
-def training_images(data_dir, rows):
-    """([Film] of train/ and val/, as far as they are there; why there are none)."""
+def list_training_xrays(data_dir, rows):
+    """([Xray] of train/ and val/, as far as they are there; why there are none)."""
     try:
         found = list_split(data_dir, "train")
         with contextlib.suppress(Failure):
@@ -46,7 +46,7 @@ def training_images(data_dir, rows):
     return identify_all(found, rows), ""
 
 
-def report_patients(report, xrays):
+def find_shared_patients(report, xrays):
     """Adds to the report the patients in several splits, and those of several images in one."""
     unknown = report["no_patient"] = [xray.file for xray in xrays if xray.patient == xray.file]
     if unknown:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cxr.errors import Failure
-from cxr.files import replacing
+from cxr.files import atomic_write
 from cxr.folders import CLASSES, COLOURS
 
 
@@ -54,7 +54,7 @@ def overlay(view, heat):
     return picture.round().byte().numpy()
 
 
-def overlays(model, views, rows):
+def read_overlays(model, views, rows):
     """Yields (picture, overlay or None), uint8 (SIZE, SIZE) and (SIZE, SIZE, 3), of these rows.
 
     views: common.Views of the images.
@@ -73,7 +73,7 @@ def overlays(model, views, rows):
 def write_overlays(folder, model, views, table):
     """One PNG an image in `folder`, below the name of its class if it has one."""
     taken, images = set(), views.images
-    pictures = overlays(model, views, range(len(images)))
+    pictures = read_overlays(model, views, range(len(images)))
     for image, prob, (_, picture) in zip(images, table.probs, pictures, strict=True):
         group = folder if image.label is None else folder / CLASSES[image.label]
         path, number = group / f"{image.path.name}.png", 2
@@ -86,6 +86,6 @@ def write_overlays(folder, model, views, table):
         page.paste(PIL.Image.fromarray(picture).resize((448, 448)), (0, 40))
         caption = f"{told}\norange speaks for PNEUMONIA, blue for NORMAL"
         PIL.ImageDraw.Draw(page).text((4, 2), caption, "black", PIL.ImageFont.load_default(14))
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             page.save(file, format="png")
     print(f"Class activation maps of {len(images)} images in {folder}")

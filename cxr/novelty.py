@@ -6,7 +6,7 @@ import scipy.stats
 import torch
 
 
-def distance(z):
+def rms_distance(z):
     """float32 (N,): how far features (N, width), standardised as those of training, are from them.
 
     The root mean square over the features: about 1 for a training image.
@@ -26,14 +26,14 @@ def describe_features(mean, std, val_features):
     return {
         "mean": in_a_line(mean),
         "std": in_a_line(std),
-        "limit": distance(val_features).quantile(0.99).item(),
+        "limit": rms_distance(val_features).quantile(0.99).item(),
     }
 
 
-SHIFT, UNLIKE_P = 0.4, 0.001  # from where a group of images is said to come from elsewhere
+SHIFT, NOVELTY_P = 0.4, 0.001  # from where a group of images is said to come from elsewhere
 
 
-def measure_unlike(features, training):
+def measure_novelty(features, training):
     """(how unlike the training images each image is, float32 (N,), what metrics.json says of all).
 
     features: float32 (N, width); training: what model.json says of the training features. Above 1
@@ -44,16 +44,16 @@ def measure_unlike(features, training):
     """
     mean, std = (torch.tensor([float(x) for x in training[k].split()]) for k in ("mean", "std"))
     z = (features - mean) / std
-    unlike = distance(z) / training["limit"]
+    unlike = rms_distance(z) / training["limit"]
     n, over = len(unlike), int((unlike > 1).sum())
     square = z.mean(0).square().mean().item()
     shift = math.sqrt(max(square - 1 / n, 0)) if n >= 20 else None
     p = scipy.stats.binomtest(over, n, 0.01, alternative="greater").pvalue
-    elsewhere = bool(p < UNLIKE_P or (shift or 0) >= SHIFT)
+    elsewhere = bool(p < NOVELTY_P or (shift or 0) >= SHIFT)
     return unlike, {"n": n, "over": over, "p": float(p), "shift": shift, "elsewhere": elsewhere}
 
 
-def warn_of_elsewhere(group):
+def novelty_warnings(group):
     if not group or not group["elsewhere"]:
         return []
     shift = "" if group["shift"] is None else f", and all are shifted by {group['shift']:.2f}"

@@ -5,10 +5,10 @@ import html
 
 from cxr.compare import COMPARED
 from cxr.errors import SHOWN
-from cxr.files import replacing
+from cxr.files import atomic_write
 from cxr.novelty import SHIFT
 from cxr.patients import METADATA
-from cxr.proportions import interval
+from cxr.proportions import format_interval
 
 PICTURES = {
     "roc": "Every threshold: sensitivity against false alarms",
@@ -26,33 +26,35 @@ def print_report(report):
     metrics, word = report["metrics"], report["split"].capitalize()
     print(f"{word} accuracy: {metrics['accuracy']['value']:.3f}")
     print(f"{word} F1-score: {metrics['f1']['value']:.3f}\n")
-    for name, text in particulars(report):
+    for name, text in summary_rows(report):
         print(f"{name:11} {text}")
     print(f"\n{'':18} {'value':>9}   95 % interval")
     for name, each in metrics.items():
-        value, _, between = interval(each).partition(" ")
+        value, _, between = format_interval(each).partition(" ")
         print(f"{name:18} {value:>9}   {between.strip('()')}".rstrip())
     for each in report["subgroups"].values():
         group = f"{each['metric']}, {each['group']}"
-        print(f"  {group:36} {interval(each)}, n = {each['n']}")
+        print(f"  {group:36} {format_interval(each)}, n = {each['n']}")
     counts = report["counts"]
     print(f"\n{'':22}{'predicted NORMAL':>18}{'predicted PNEUMONIA':>22}")
     print(f"{'truth NORMAL':22}{counts['tn']:>18}{counts['fp']:>22}")
     print(f"{'truth PNEUMONIA':22}{counts['fn']:>18}{counts['tp']:>22}\n")
-    for title, lines in findings(report):
+    for title, lines in sections(report):
         print(f"{title}: {lines[0]}" if len(lines) == 1 else f"{title}:")
         for line in lines if len(lines) > 1 else ():
             print(f"  {line}")
 
 
-def particulars(report):
+def summary_rows(report):
     """[(name, text)]: which model, threshold and images, for the screen and the page."""
     model, left_out = report["model"] or {}, report["left_out"]
     known = [f"{key} {model[key]}" for key in ("weights", "epoch") if model.get(key) is not None]
     parts = (model.get("file") or "unknown", model.get("arch"), *known, model.get("date"))
     threshold = f"{report['threshold']:.4g} ({report['threshold_from']})"
     if " on val" in threshold and (scores := model.get("at_threshold")):
-        there = [f"{name} {interval(scores[name])}" for name in ("sensitivity", "specificity")]
+        there = [
+            f"{name} {format_interval(scores[name])}" for name in ("sensitivity", "specificity")
+        ]
         threshold += f"; there {', '.join(there)}"
     patients = [f"{n} {name}" for name, n in report["patients_by_class"].items()]
     images = f"{report['n']} of {report['patients']} patients ({', '.join(patients)})"
@@ -72,13 +74,16 @@ def particulars(report):
     ]
 
 
-def findings(report):
+def sections(report):
     """Yields (title, lines): what stands beside the scores, for the screen and the page."""
     calibration, numbers, other = report["calibration"], report["shortcut"], report["comparison"]
     if alike := report["without_spread"]:
         none = "every bootstrap sample has the same, none can be given"
         yield f"No interval of {', '.join(alike)}", [none]
-    slope, intercept = interval(calibration["slope"]), interval(calibration["intercept"])
+    slope, intercept = (
+        format_interval(calibration["slope"]),
+        format_interval(calibration["intercept"]),
+    )
     before, after = (calibration[key]["brier"] for key in ("without", "with"))
     lines = [f"intercept {intercept}, 0 if right; slope {slope}, 1 if right"]
     if calibration["platt"] != {"slope": 1, "intercept": 0}:
@@ -89,7 +94,7 @@ def findings(report):
     here = f"{100 * share:.0f} % of these images are PNEUMONIA. In a clinic where fewer are, a "
     lines = [f"{here}positive result means less. With the share taken as known:"]
     for each in report["elsewhere"]:
-        values = f"PPV {interval(each['ppv'])}, NPV {interval(each['npv'])}"
+        values = f"PPV {format_interval(each['ppv'])}, NPV {format_interval(each['npv'])}"
         lines.append(f"{100 * each['prevalence']:4.3g} %: {values}")
     yield "What a result means elsewhere", lines
     if group := report["unlike"]:
@@ -107,14 +112,14 @@ def findings(report):
         lines = []
         for name in (numbers["number"], "all numbers"):
             each = numbers["numbers"][name]
-            gain = f"network minus it {interval(each['difference'])}: {each['network_is']}"
+            gain = f"network minus it {format_interval(each['difference'])}: {each['network_is']}"
             lines.append(f"{name:12} AUROC {each['auroc']:.3f}; {gain}")
         yield f"One number instead of the network, {chosen}", lines
     if other:
         lines = []
         for name in COMPARED:
-            there = interval(other["other"][name])
-            lines.append(f"{name:10} {interval(other['difference'][name])}; there {there}")
+            there = format_interval(other["other"][name])
+            lines.append(f"{name:10} {format_interval(other['difference'][name])}; there {there}")
         only = f"{other['right_only_here']} images are right only here, {other['right_only_there']}"
         lines.append(f"{only} only there: p {other['p_value']:.3g} ({other['test']})")
         yield f"This model minus {other['with']} at threshold {other['threshold']:.4g}", lines
@@ -158,7 +163,7 @@ def write_page(folder, report, pictures):
 
     names = {"f1": "F1", "auroc": "AUROC", "ppv": "PPV", "npv": "NPV", "ece": "ECE"}
     names = {name: names.get(name, name.replace("_", " ").capitalize()) for name in metrics}
-    scores = [(names[name], interval(each)) for name, each in metrics.items()]
+    scores = [(names[name], format_interval(each)) for name, each in metrics.items()]
     first = [scores[list(metrics).index(name)] for name in LEAD]
     lead = ", ".join(f"{name} {value}" for name, value in first)
     if numbers := (report["shortcut"] or {}).get("numbers"):
@@ -166,7 +171,7 @@ def write_page(folder, report, pictures):
         lead += f". An image's {best} alone has AUROC {numbers[best]['auroc']:.3f}: "
         lead += f"the network is {numbers[best]['network_is']}"
     groups = rows([("group", "score", "images", "value (95 % interval)")], "th") + rows(
-        (each["group"], names[each["metric"]], each["n"], interval(each))
+        (each["group"], names[each["metric"]], each["n"], format_interval(each))
         for each in report["subgroups"].values()
     )
     counts = report["counts"]
@@ -175,7 +180,7 @@ def write_page(folder, report, pictures):
     )
     checks = "".join(
         f"<h3>{text(title)}</h3><pre>{text(chr(10).join(lines))}</pre>"
-        for title, lines in findings(report)
+        for title, lines in sections(report)
     )
     warnings = "".join(f'<p class="warning">Warning: {text(w)}</p>' for w in report["warnings"])
     small = "".join(picture(name, PICTURES[name]) for name in pictures if name != "worst")
@@ -193,7 +198,7 @@ def write_page(folder, report, pictures):
 <h1>{text(title)}</h1>
 <p class="lead">{text(lead)}</p>
 {warnings}
-<table>{rows(particulars(report))}</table>
+<table>{rows(summary_rows(report))}</table>
 <h2>Scores</h2>
 <table>{rows([("score", "value (95 % interval)")], "th")}{rows(scores)}</table>
 <h3>Counts at the threshold</h3>
@@ -209,5 +214,5 @@ def write_page(folder, report, pictures):
 <p><small>{text(versions)}</small></p>
 </body></html>
 """
-    with replacing(folder / "report.html", "w") as file:
+    with atomic_write(folder / "report.html", "w") as file:
         file.write(page)

@@ -7,9 +7,9 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from cxr.decode import is_dicom
-from cxr.errors import Failure, is_no_fault_of_the_file, warn
+from cxr.errors import Failure, is_system_error, warn
 from cxr.files import hash_file, read_csv
-from cxr.folders import CLASSES, SPLITS, list_images, list_split, require_whole_split
+from cxr.folders import CLASSES, SPLITS, check_split_is_complete, list_images, list_split
 
 METADATA = "metadata.csv"  # in the data folder: file_name, patient_id and any other columns
 # How the names of images tell their patients, the first that fits. Add your own above.
@@ -25,29 +25,29 @@ PATIENT_NAMES = (
 )
 
 
-class Film(NamedTuple):
+class Xray(NamedTuple):
     path: Path
     label: int | None  # index into CLASSES, None for a new image
-    digest: str  # SHA-256 of the file in hex, "" where it cannot be read
+    sha256: str  # of the file, in hex, "" where it cannot be read
     patient: str | None = None  # None where nothing tells it
     group: str = ""  # what stays together in a split: the patient, perhaps with others
-    about: dict | None = None  # the other columns of its row in metadata.csv
+    metadata: dict | None = None  # the other columns of its row in metadata.csv
 
 
 def read_split(data_dir, *splits, rows=None):
-    """{split: [Film]}. An interrupted split, or one file in two of the folders, is a Failure.
+    """{split: [Xray]}. An interrupted split, or one file in two of the folders, is a Failure.
 
     rows: of read_metadata, where it was called already.
     """
-    require_whole_split(data_dir)
+    check_split_is_complete(data_dir)
     found, first = {}, {}
     listed = {split: list_split(data_dir, split, others=True) for split in splits}
     rows = read_metadata(data_dir) if rows is None else rows
     for split in splits:
         found[split] = identify_all(listed[split], rows)
         for image in found[split]:
-            twin = first.setdefault(image.digest, image)
-            if image.digest and twin.path.parent != image.path.parent:
+            twin = first.setdefault(image.sha256, image)
+            if image.sha256 and twin.path.parent != image.path.parent:
                 raise Failure(f"{image.path}: the same file as {twin.path}; remove one of them")
     if len(splits) > 1:
         sides = [{i.group if "val" in splits else i.patient for i in found[s]} for s in splits]
@@ -106,22 +106,24 @@ def read_metadata(data_dir):
 
 
 def identify_all(listed, rows):
-    """[Film] of [(path, label)], their files hashed; rows: of read_metadata."""
+    """[Xray] of [(path, label)], their files hashed; rows: of read_metadata."""
     with ThreadPoolExecutor() as pool:
         return list(pool.map(lambda each: identify(*each, rows), listed))
 
 
 def identify(path, label, rows):
-    """The Film with its patient: by metadata.csv, by DICOM's PatientID, by its name."""
+    """The Xray with its patient: by metadata.csv, by DICOM's PatientID, by its name."""
     digest = hash_file(path)
     row = {key: value for key, value in rows.get(path, {}).items() if key and value}
     row.pop("file_name", None)
-    patient = row.pop("patient_id", None) or dicom_patient(path)
-    group = patient or patient_of(path.name, cautious=True) or f"{path.parent.name}/{path.name}"
-    return Film(path, label, digest, patient or patient_of(path.name), group, row)
+    patient = row.pop("patient_id", None) or patient_from_dicom(path)
+    group = (
+        patient or patient_from_name(path.name, cautious=True) or f"{path.parent.name}/{path.name}"
+    )
+    return Xray(path, label, digest, patient or patient_from_name(path.name), group, row)
 
 
-def patient_of(name, cautious=False):
+def patient_from_name(name, cautious=False):
     """The patient that an image's name tells, None where it tells none.
 
     cautious: without the etiology. That may merge two patients, but never separates one.
@@ -134,7 +136,7 @@ def patient_of(name, cautious=False):
     return None
 
 
-def dicom_patient(path):
+def patient_from_dicom(path):
     """The hash of a DICOM file's PatientID, which itself belongs in no report; else None."""
     try:
         with open(path, "rb") as file:
@@ -145,7 +147,7 @@ def dicom_patient(path):
         told = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"])
         patient = str(told.get("PatientID") or "").strip()
     except Exception as error:  # damaged; the pass, or the check, says so
-        if is_no_fault_of_the_file(error):
+        if is_system_error(error):
             raise
         return None
     return f"ID-{hashlib.sha256(patient.encode()).hexdigest()[:12]}" if patient else None

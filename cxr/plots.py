@@ -9,8 +9,8 @@ import torchmetrics.functional.classification as tm
 
 from cxr.files import save_figure
 from cxr.folders import CLASSES, COLOURS
-from cxr.maps import overlays
-from cxr.proportions import interval, opposite, proportion
+from cxr.maps import read_overlays
+from cxr.proportions import complement, format_interval, wilson_interval
 
 STYLE = {"font.size": 9, "axes.titlesize": 9, "legend.frameon": False}
 STYLE |= {"axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3}
@@ -43,9 +43,9 @@ def draw_pictures(folder, table, report):
         ax.plot(fpr, tpr, **network)
         ax.plot((0, 1), (0, 1), label="chance", **chance)
         specificity = metrics["specificity"]
-        mark(ax, opposite(specificity), metrics["sensitivity"], f"{at}, 95 % intervals")
+        mark(ax, complement(specificity), metrics["sensitivity"], f"{at}, 95 % intervals")
         ax.set(xlabel="1 - specificity", ylabel="sensitivity")
-        ax.set_title(f"ROC: AUROC {interval(metrics['auroc'])}")
+        ax.set_title(f"ROC: AUROC {format_interval(metrics['auroc'])}")
         ax.legend(loc="lower right")
 
     def draw_precision_recall(ax):
@@ -54,24 +54,27 @@ def draw_pictures(folder, table, report):
         ax.axhline(labels.mean(), label="chance", **chance)
         mark(ax, metrics["sensitivity"], metrics["ppv"], f"{at}, 95 % intervals")
         ax.set(xlabel="recall (sensitivity)", ylabel="precision (PPV)", ylim=(0, 1.05))
-        ax.set_title(f"Average precision {interval(metrics['average_precision'])}")
+        ax.set_title(f"Average precision {format_interval(metrics['average_precision'])}")
         ax.legend(loc="lower left")
 
     def draw_confusion(ax):
         found = {"display_labels": CLASSES, "cmap": "Blues", "colorbar": False}
         ConfusionMatrixDisplay.from_predictions(labels, probs > threshold, ax=ax, **found)
         ax.grid(False)
-        ax.set_title(f"Accuracy {interval(metrics['accuracy'])} at {at}")
+        ax.set_title(f"Accuracy {format_interval(metrics['accuracy'])} at {at}")
 
     def draw_reliability(ax):
         bins = np.minimum((probs * 10).astype(int), 9)
         ax.plot((0, 1), (0, 1), **chance)
         for inside in (bins == each for each in np.unique(bins)):
-            mean, share = probs[inside].mean(), proportion(labels[inside], patients[inside])
+            mean, share = probs[inside].mean(), wilson_interval(labels[inside], patients[inside])
             mark(ax, {"value": mean, "low": mean, "high": mean}, share)
             ax.annotate(inside.sum(), (mean, share["value"]), (4, 3), textcoords="offset points")
         ax.set(xlabel="mean P(PNEUMONIA) in the bin", ylabel="share of PNEUMONIA, 95 % interval, n")
-        slope, intercept = interval(calibration["slope"]), interval(calibration["intercept"])
+        slope, intercept = (
+            format_interval(calibration["slope"]),
+            format_interval(calibration["intercept"]),
+        )
         ax.set_title(f"Calibration: intercept {intercept}\nslope {slope}")
 
     def draw_scores(ax):
@@ -111,7 +114,7 @@ def draw_worst(path, model, views, table, report):
     if not wrong:
         rows = sorted(range(len(images)), key=lambda i: abs(probs[i] - threshold))[:N_WORST]
         heading = f"No image is wrong: the {len(rows)} least sure"
-    shown = list(overlays(model, views, rows))
+    shown = list(read_overlays(model, views, rows))
     without = "without maps: the network does not end in pooling and one Linear"
     beside = "beside each its class activation map: orange for PNEUMONIA, blue for NORMAL"
     figure = Figure((9.6, 0.6 + 2.8 * math.ceil(len(rows) / 2)), layout="constrained")

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from cxr.errors import Failure
-from cxr.files import read_csv, replacing
+from cxr.files import atomic_write, read_csv
 from cxr.folders import CLASSES
-from cxr.patients import patient_of
+from cxr.patients import patient_from_name
 
 COLUMNS = "file", "label", "probability", "prediction", "error", "unlike", "patient"
 
@@ -48,7 +48,7 @@ class Table(NamedTuple):
 
 def write_predictions(path, table, threshold):
     columns = list(dict.fromkeys(column for about in table.about for column in about))
-    with replacing(path, "w") as file:
+    with atomic_write(path, "w") as file:
         writer = csv.writer(file)
         writer.writerow((*COLUMNS, *columns))
         for name, label, prob, error, unlike, patient, about in zip(*table, strict=True):
@@ -85,7 +85,7 @@ def read_predictions(path):
         except ValueError:
             raise wrong(line, "unlike", "a number", unlike) from None
         if "patient" not in columns:
-            patient = patient_of(Path(name).name)
+            patient = patient_from_name(Path(name).name)
         about = {key: row[key] for key in columns if key not in COLUMNS and row[key]}
         found[name] = CLASSES.index(label), prob, error, unlike, patient or None, about
     if not found:

@@ -8,7 +8,7 @@ import numpy as np
 Z = NormalDist().inv_cdf(0.975)  # 95 % of a normal distribution lie between -Z and Z deviations
 
 
-def proportion(right, patients):
+def wilson_interval(right, patients):
     """{value, low, high} of the mean of `right`: Wilson's score interval, 95 %; None for no image.
 
     right: bool (n,), or float in [0, 1]; patients: (n,), whose images are alike. Where a patient
@@ -33,7 +33,7 @@ def proportion(right, patients):
     return {"value": float(p), "low": float(min(low, p)), "high": float(max(high, p))}
 
 
-def score_shares(positive, labels, images):
+def accuracy_intervals(positive, labels, images):
     """{accuracy, sensitivity, specificity: {value, low, high}} of predictions (..., N).
 
     Several of an image, those of repeats, count as their mean. On val no test result: it stopped
@@ -42,14 +42,14 @@ def score_shares(positive, labels, images):
     right = (positive == (labels > 0.5)).double().reshape(-1, len(labels)).mean(0).numpy()
     patients, y = np.array([i.patient or str(i.path) for i in images]), labels.numpy()
     sides = {"accuracy": y >= 0, "sensitivity": y > 0.5, "specificity": y < 0.5}
-    return {name: proportion(right[side], patients[side]) for name, side in sides.items()}
+    return {name: wilson_interval(right[side], patients[side]) for name, side in sides.items()}
 
 
 PROPORTIONS = ("accuracy", "sensitivity", "specificity", "ppv", "npv")
 PREVALENCES = 0.01, 0.05, 0.1, 0.2, 0.5
 
 
-def ratio(top, bottom):
+def ratio_interval(top, bottom):
     """{value, low, high} of the ratio of two independent proportions, {value, low, high} each.
 
     MOVER: the method of variance estimates recovery (Donner and Zou 2012). Infinite where the
@@ -69,32 +69,32 @@ def ratio(top, bottom):
     return {"value": value, "low": low, "high": high}
 
 
-def opposite(share):
+def complement(share):
     """1 - a share, {value, low, high}."""
     others = {"value": "value", "low": "high", "high": "low"}
     return {key: 1 - share[other] for key, other in others.items()}
 
 
-def at_prevalences(metrics, prevalences):
+def predictive_values(metrics, prevalences):
     """[{prevalence, ppv, npv}] where other shares of the images are PNEUMONIA.
 
     The odds before the test times the likelihood ratio are the odds after it.
     """
     sensitivity, specificity = metrics["sensitivity"], metrics["specificity"]
-    positive = ratio(sensitivity, opposite(specificity))
-    negative = ratio(opposite(sensitivity), specificity)
+    positive = ratio_interval(sensitivity, complement(specificity))
+    negative = ratio_interval(complement(sensitivity), specificity)
     found = []
     for prevalence in sorted(set(prevalences)):
         before = prevalence / (1 - prevalence)
         ppv = {key: 1 - 1 / (1 + before * value) for key, value in positive.items()}
-        npv = opposite({key: 1 - 1 / (1 + before * value) for key, value in negative.items()})
+        npv = complement({key: 1 - 1 / (1 + before * value) for key, value in negative.items()})
         found.append({"prevalence": prevalence, "ppv": ppv, "npv": npv})
         for each in (ppv, npv):
             each |= {key: None for key, value in each.items() if math.isnan(value)}
     return found
 
 
-def wald(value, error):
+def wald_interval(value, error):
     """{value, low, high}: 1.96 standard errors to each side; None for what is not finite, or not
     known: an error of 0 about a difference."""
     if not math.isfinite(value + error):
@@ -105,7 +105,7 @@ def wald(value, error):
     return {"value": float(value), "low": float(low), "high": float(high)}
 
 
-def interval(metric):
+def format_interval(metric):
     """A value with its interval, as text."""
 
     def shown(value):

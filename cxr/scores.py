@@ -9,11 +9,11 @@ import torch
 import torchmetrics.functional.classification as tm
 from scipy.special import expit, logit
 
-from cxr.bootstrap import bootstrap, logit_intervals
+from cxr.bootstrap import bootstrap_patients, logit_t_intervals
 from cxr.calibration import fit_logistic
 from cxr.errors import Failure
 from cxr.folders import CLASSES
-from cxr.proportions import PROPORTIONS, interval, proportion, wald
+from cxr.proportions import PROPORTIONS, format_interval, wald_interval, wilson_interval
 
 SCORES = ("accuracy", "f1", "auroc", "average_precision", "sensitivity", "specificity")
 SCORES += ("ppv", "npv", "brier", "ece")
@@ -57,7 +57,7 @@ SUBGROUPS = {
 }
 
 
-def measure(table, threshold, seed):
+def measure_scores(table, threshold, seed):
     """({name: {value, low, high}}, counts) of all scores; a Failure where a class is missing."""
     for label, name in enumerate(CLASSES):
         if label not in table.labels:
@@ -72,15 +72,17 @@ def measure(table, threshold, seed):
     right = positive == (table.labels == 1)
     sides = right | True, table.labels == 1, table.labels == 0, positive, ~positive
     for name, side in zip(PROPORTIONS, sides, strict=True):
-        metrics[name] |= proportion(right[side], patients[side])
+        metrics[name] |= wilson_interval(right[side], patients[side])
 
     def statistic_of(*names):
         return lambda rows: [*score(probs[rows], labels[rows], threshold, names).values()]
 
     smooth = "auroc", "average_precision"
-    for name, each in zip(smooth, logit_intervals(table, statistic_of(*smooth), seed), strict=True):
+    for name, each in zip(
+        smooth, logit_t_intervals(table, statistic_of(*smooth), seed), strict=True
+    ):
         metrics[name] = each
-    drawn, _ = bootstrap(table, statistic_of("f1", "brier"), seed, "BCa")
+    drawn, _ = bootstrap_patients(table, statistic_of("f1", "brier"), seed, "BCa")
     for name, low, high in zip(("f1", "brier"), *drawn.confidence_interval, strict=True):
         if math.isfinite(low + high) and low < high:  # else all draws are alike
             metrics[name] |= {"low": float(low), "high": float(high)}
@@ -113,10 +115,10 @@ def measure_subgroups(table, names, threshold, seed):
             def auroc(rows, part=part):
                 return aurocs(part.probs[None, rows], part.labels[rows])
 
-            (interval_of,) = logit_intervals(part, auroc, seed)
+            (interval_of,) = logit_t_intervals(part, auroc, seed)
         elif metric != "auroc" and part.files:
             right = (part.probs > threshold) == part.labels
-            interval_of = proportion(right, part.clusters())
+            interval_of = wilson_interval(right, part.clusters())
         else:
             continue
         found[name] = {"group": group, "metric": metric, "n": len(part.files)} | interval_of
@@ -137,10 +139,15 @@ def measure_calibration(table, model):
     ones = np.ones(len(labels))
     shift, shift_error = fit_logistic(ones[:, None], labels, logits, clusters)
     line, line_error = fit_logistic(np.column_stack([logits, ones]), labels, 0, clusters)
-    found = {"intercept": wald(shift[0], shift_error[0]), "slope": wald(line[0], line_error[0])}
+    found = {
+        "intercept": wald_interval(shift[0], shift_error[0]),
+        "slope": wald_interval(line[0], line_error[0]),
+    }
     positive, negative = logits[labels == 1], logits[labels == 0]
     if positive.min() >= negative.max() or positive.max() <= negative.min():
-        found["slope"] = wald(math.nan, math.nan)  # separated, or all alike: any slope fits
+        found["slope"] = wald_interval(
+            math.nan, math.nan
+        )  # separated, or all alike: any slope fits
     slope, intercept = model.get("slope") or 1.0, model.get("intercept") or 0.0
     before = expit((logits - intercept) / slope).astype(np.float32)
     for name, probs in (("with", table.probs), ("without", before)):
@@ -161,4 +168,4 @@ def below_chance(auroc):
     """A warning where the scores are worse than a coin, which no honest mistake makes them."""
     if (auroc["value"] if auroc["high"] is None else auroc["high"]) >= 0.5:
         return []
-    return [f"AUROC {interval(auroc)} is far below chance: are the class folders swapped?"]
+    return [f"AUROC {format_interval(auroc)} is far below chance: are the class folders swapped?"]

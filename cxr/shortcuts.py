@@ -7,21 +7,21 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from cxr.bootstrap import paired_differences
-from cxr.decode import open_image, stretch
+from cxr.decode import apply_window, decode
 from cxr.folders import CLASSES
 from cxr.scores import aurocs
 
 
 def image_numbers(path, size):
-    """({name: float} of what one could go by without any network, grey PIL image mode L, its Scan).
+    """({name: float} of what one could go by without a network, grey PIL image mode L, Decoded).
 
     file size: bytes; width, height: pixels of the file; bits a pixel: 8 if grey, 24 if RGB; JPEG
     quality: 0 for other formats. Of the grey levels, 0 to 255: mean, (standard) deviation, and
     sharpness, the mean absolute difference of vertical neighbours.
-    Raises what open_image raises.
+    Raises what decode raises.
     """
-    scan = open_image(path, size)
-    grey = stretch(scan.grey, 0 if scan.grey.mode == "L" else 2)
+    scan = decode(path, size)
+    grey = apply_window(scan.grey, 0 if scan.grey.mode == "L" else 2)
     pixels = np.asarray(grey, dtype=np.float32)
     numbers = {
         "file size": float(os.path.getsize(path)),
@@ -39,7 +39,7 @@ def image_numbers(path, size):
 N_NUMBERS = 2000  # training images whose numbers are compared, at most: milliseconds each
 
 
-def numbers_instead(args, images, table, training, reason, size):
+def single_number_baselines(args, images, table, training, reason, size):
     """What metrics.json says about one number of an image in place of the network, by AUROC.
 
     By accuracy the comparison would be unfair: a number's cut is chosen for accuracy, the network's
@@ -50,8 +50,10 @@ def numbers_instead(args, images, table, training, reason, size):
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    names, fitted, fit_labels = read_numbers(training[:: -(-len(training) // N_NUMBERS) or 1], size)
-    _, tested, test_labels = read_numbers(images, size)
+    names, fitted, fit_labels = read_image_numbers(
+        training[:: -(-len(training) // N_NUMBERS) or 1], size
+    )
+    _, tested, test_labels = read_image_numbers(images, size)
     if len(set(fit_labels)) < 2 or len(test_labels) < len(images):
         return {"none": reason or "an image cannot be read any more"}
     model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced"))
@@ -75,7 +77,7 @@ def numbers_instead(args, images, table, training, reason, size):
             "sign": int(sign),
             "auroc": float(auroc),
             "difference": gain,
-            "network_is": verdict(gain),
+            "network_is": compare_in_words(gain),
         }
         for name, sign, auroc, gain in columns
     }
@@ -84,7 +86,7 @@ def numbers_instead(args, images, table, training, reason, size):
     return about | numbers[best]
 
 
-def verdict(gain):
+def compare_in_words(gain):
     """Whether the network is better, in words."""
     if gain["value"] <= 0:
         return "NO BETTER"
@@ -92,7 +94,7 @@ def verdict(gain):
     return "better" if known and gain["low"] > 0 else "better, but within chance"
 
 
-def read_numbers(images, size):
+def read_image_numbers(images, size):
     """(names, float (n, k), labels [int]) of the images that can be read."""
 
     def numbers_or_none(path):
@@ -177,7 +179,7 @@ def score_pixels(pixels, labels, folds):
     return scores
 
 
-def find_shortcuts(numbers, pixels, labels, patients, scored):
+def score_shortcuts(numbers, pixels, labels, patients, scored):
     """Rows of the page: how well one number separates the classes of the images `scored`.
 
     numbers: {name: float (N,)}; pixels: float (N, 1024); labels: int (N,); patients: str (N,);
@@ -204,7 +206,7 @@ def find_shortcuts(numbers, pixels, labels, patients, scored):
     return sorted(rows, key=lambda row: -row["auroc"])
 
 
-def find_shift(numbers, pixels, scored, patients):
+def score_shift(numbers, pixels, scored, patients):
     """{number: AUROC} how well one number tells the images `scored` from the others."""
     from sklearn.metrics import roc_auc_score
 
@@ -218,7 +220,7 @@ def find_shift(numbers, pixels, scored, patients):
     return found
 
 
-def report_properties(report, xrays):
+def find_properties(report, xrays):
     """Adds the sizes, modes and formats, {kind: {folder: images}} each; warns of one class's."""
     for i, key in enumerate(("sizes", "modes", "formats")):
         counts = {}
@@ -233,7 +235,7 @@ def report_properties(report, xrays):
             )
 
 
-def report_shortcuts(report, xrays):
+def find_shortcuts(report, xrays):
     """Adds what a number tells about the classes, and about the split that is scored."""
     split, warnings, table = report["scored_on"], report["warnings"], {}
     names, pixels = xrays[0].numbers, as_pixels(xrays)
@@ -241,14 +243,14 @@ def report_shortcuts(report, xrays):
     labels = np.array([xray.label for xray in xrays])
     patients = np.array([xray.patient for xray in xrays])
     scored = np.array([xray.split == split for xray in xrays])
-    rows = report["shortcuts"] = find_shortcuts(numbers, pixels, labels, patients, scored)
+    rows = report["shortcuts"] = score_shortcuts(numbers, pixels, labels, patients, scored)
     if found := [row["number"] for row in rows if row["alarm"]]:
         what = "each alone separates the classes of"
         warnings.append(f"shortcut: {', '.join(found)}: {what} {split}/")
     for label, name in enumerate(CLASSES if not scored.all() else ()):
         here = labels == label
         of_class = {key: v[here] for key, v in numbers.items() if np.ptp(v) > 0}
-        found = find_shift(of_class, pixels[here], scored[here], patients[here])
+        found = score_shift(of_class, pixels[here], scored[here], patients[here])
         for key, auroc in found.items():
             alarm = is_alarming(auroc, scored[here], patients[here])
             table.setdefault(key, {"number": key})[name] = {"auroc": auroc, "alarm": alarm}

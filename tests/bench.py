@@ -213,7 +213,7 @@ def bench_decoding(folder):
 
         def decode_whole(paths=paths):
             for path in paths:
-                cxr.decode.stretch(common.PREPARE(Image.open(path).convert("L")), WINDOW)
+                cxr.decode.apply_window(common.PREPARE(Image.open(path).convert("L")), WINDOW)
 
         def decode(paths=paths):
             for path in paths:

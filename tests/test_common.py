@@ -91,7 +91,7 @@ def test_a_rotated_photograph_is_turned_upright(phantom, tmp_path):
 def test_a_large_jpeg_is_decoded_small_but_never_below_what_the_network_sees(tmp_path):
     large = draw_phantom(np.random.default_rng(1), False, 1000)
     large.save(tmp_path / "a.jpeg", quality=90)
-    assert cxr.decode.open_image(tmp_path / "a.jpeg", 224).grey.size == (250, 250)
+    assert cxr.decode.decode(tmp_path / "a.jpeg", 224).grey.size == (250, 250)
     plain = large.resize((224, 224), Image.Resampling.BILINEAR)
     assert np.abs(grey(common.load_image(tmp_path / "a.jpeg", 0)) - grey(plain)).mean() < 2
 
@@ -99,7 +99,7 @@ def test_a_large_jpeg_is_decoded_small_but_never_below_what_the_network_sees(tmp
 def test_no_format_is_tried_that_pillow_hands_to_another_program(tmp_path):
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
     with pytest.raises(OSError, match="cannot identify"):
-        cxr.decode.open_image(tmp_path / "a.png", 224)
+        cxr.decode.decode(tmp_path / "a.png", 224)
 
 
 def test_views_are_the_image_its_mirror_image_and_fixed_small_changes(phantom):
@@ -279,7 +279,7 @@ def test_a_moved_image_costs_nothing(backbone, images, tmp_path, capsys):
     computed(capsys)
     moved = tmp_path / "elsewhere.jpeg"
     moved.write_bytes(images[3].path.read_bytes())
-    extract(backbone, [cxr.patients.Film(moved, 1, images[3].digest)], 1, tmp_path / "cache")
+    extract(backbone, [cxr.patients.Xray(moved, 1, images[3].digest)], 1, tmp_path / "cache")
     assert computed(capsys) == 0
 
 
@@ -334,7 +334,7 @@ def test_a_damaged_file_of_the_cache_is_computed_again_and_said(
 def test_an_image_that_changes_after_it_was_hashed_is_never_kept(backbone, images, tmp_path):
     path = tmp_path / "a.jpeg"
     path.write_bytes(images[0].path.read_bytes())
-    image = cxr.patients.Film(path, 0, images[1].digest)
+    image = cxr.patients.Xray(path, 0, images[1].digest)
     _, bad = extract(backbone, [image, images[2]], 1, tmp_path / "cache")
     assert list(bad) == [0] and "changed" in bad[0]
     assert [p.stem for p in (tmp_path / "cache").glob("*/*.npz")] == [images[2].digest]
@@ -367,15 +367,15 @@ def test_frozen_means_no_gradient_and_eval_mode_for_good(backbone):
 
 
 def test_names_tell_the_patient():
-    assert cxr.patients.patient_of("person86_virus_1.jpeg") == "person86_virus"
-    assert cxr.patients.patient_of("person86_virus_1.jpeg", cautious=True) == "person86"
-    assert cxr.patients.patient_of("person86_bacteria_2.jpeg", cautious=True) == "person86"
-    assert cxr.patients.patient_of("IM-0001-0002.jpeg") != cxr.patients.patient_of(
+    assert cxr.patients.patient_from_name("person86_virus_1.jpeg") == "person86_virus"
+    assert cxr.patients.patient_from_name("person86_virus_1.jpeg", cautious=True) == "person86"
+    assert cxr.patients.patient_from_name("person86_bacteria_2.jpeg", cautious=True) == "person86"
+    assert cxr.patients.patient_from_name("IM-0001-0002.jpeg") != cxr.patients.patient_from_name(
         "NORMAL2-IM-0001-0001.jpeg"
     )
-    assert cxr.patients.patient_of("NORMAL2-IM-0001-0001-0002.jpeg") == "NORMAL2-IM-0001"
-    assert cxr.patients.patient_of("person447_virus_921_1.jpeg") == "person447_virus"
-    assert cxr.patients.patient_of("scan.png") is None
+    assert cxr.patients.patient_from_name("NORMAL2-IM-0001-0001-0002.jpeg") == "NORMAL2-IM-0001"
+    assert cxr.patients.patient_from_name("person447_virus_921_1.jpeg") == "person447_virus"
+    assert cxr.patients.patient_from_name("scan.png") is None
 
 
 def test_json_that_was_changed_or_comes_from_elsewhere_is_refused_by_name(tmp_path):
@@ -392,12 +392,12 @@ def test_json_that_was_changed_or_comes_from_elsewhere_is_refused_by_name(tmp_pa
 def test_a_written_file_takes_its_place_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with contextlib.suppress(KeyError), cxr.files.replacing(path, "w") as file:
+    with contextlib.suppress(KeyError), cxr.files.atomic_write(path, "w") as file:
         file.write("half")
         raise KeyError
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
     (tmp_path / "link.txt").symlink_to(path)
-    with cxr.files.replacing(tmp_path / "link.txt", "w") as file:
+    with cxr.files.atomic_write(tmp_path / "link.txt", "w") as file:
         file.write("new")
     assert path.read_text() == "new" and (tmp_path / "link.txt").is_symlink()
 

@@ -156,7 +156,7 @@ def write_rows(path, labels, probs, names=None):
 
 def table_of(files, labels, probs):
     probs = np.asarray(probs, np.float32)
-    patients, unlike = [cxr.patients.patient_of(file) for file in files], np.ones_like(probs)
+    patients, unlike = [cxr.patients.patient_from_name(file) for file in files], np.ones_like(probs)
     about, errors = [{} for _ in files], [""] * len(labels)
     return cxr.predictions.Table(
         list(files), np.asarray(labels), probs, errors, unlike, patients, about
@@ -333,7 +333,7 @@ def test_every_number_equals_scikit_learn_and_scipy_on_100_score_vectors(monkeyp
     monkeypatch.setattr(cxr.scores, "score", quick_score)
     for case, (labels, probs, threshold) in enumerate(score_vectors()):
         files = [f"{i}.png" for i in range(len(labels))]
-        metrics, counts = cxr.scores.measure(table_of(files, labels, probs), threshold, 0)
+        metrics, counts = cxr.scores.measure_scores(table_of(files, labels, probs), threshold, 0)
         expected = by_scikit_learn(labels, probs, threshold)
         assert metrics.keys() == expected.keys()
         for name, value in expected.items():
@@ -386,7 +386,7 @@ def test_the_intervals_of_the_scores_hold_the_truth_as_often_as_they_say(monkeyp
         hits = dict.fromkeys(pooled, 0)
         for seed in range(runs):
             (table,) = simulate(rng, normal, pneumonia, each)
-            metrics, _ = cxr.scores.measure(table, 0.5, seed)
+            metrics, _ = cxr.scores.measure_scores(table, 0.5, seed)
             for name in hits:
                 hits[name] += metrics[name]["low"] <= truth[name] <= metrics[name]["high"]
         for name, count in hits.items():
@@ -436,7 +436,7 @@ def test_the_sign_test_is_mcnemar_s_at_one_image_a_patient():
     for n, here, there in [(9, 0, 0), (9, 0, 1), (9, 1, 1), (9, 5, 0), (40, 3, 9), (900, 400, 480)]:
         right = np.zeros((2, n), bool)
         right[0, :here] = right[1, here : here + there] = True
-        found = cxr.compare.sign_test(*right, [f"{i}.png" for i in range(n)], 0)
+        found = cxr.compare.paired_sign_test(*right, [f"{i}.png" for i in range(n)], 0)
         expected = scipy.stats.binomtest(here, here + there).pvalue if here + there else 1.0
         assert found["p_value"] == pytest.approx(expected, rel=1e-9)
 
@@ -448,7 +448,7 @@ def test_the_sign_test_counts_patients_where_their_images_are_alike():
         right = [np.repeat(each == (np.arange(80) >= 40), 3) for each in (here, there)]
         odd = rng.random((2, 240)) < 0.02  # nearly alike
         right = [each ^ other for each, other in zip(right, odd, strict=True)]
-        found = cxr.compare.sign_test(*right, np.repeat(np.arange(80), 3), seed)
+        found = cxr.compare.paired_sign_test(*right, np.repeat(np.arange(80), 3), seed)
         rejected += found["p_value"] < 0.05
         only = (right[0] & ~right[1]).sum(), (right[1] & ~right[0]).sum()
         by_image += scipy.stats.binomtest(int(only[0]), int(sum(only)) or 1).pvalue < 0.05
@@ -540,8 +540,8 @@ def test_a_good_network_is_rarely_called_no_better_than_random_numbers(tmp_path)
     for seed in range(6):
         (table,) = simulate(rng, 48, 12, apart=1.81)  # AUROC 0.90
         args = Namespace(data_dir=folder, split="test", seed=seed)
-        training = cxr.leaks.training_images(folder, {})
-        found = cxr.shortcuts.numbers_instead(args, images, table, *training, 224)
+        training = cxr.leaks.list_training_xrays(folder, {})
+        found = cxr.shortcuts.single_number_baselines(args, images, table, *training, 224)
         verdicts += [found["network_is"], found["numbers"]["all numbers"]["network_is"]]
     assert verdicts.count("NO BETTER") <= 1 and verdicts.count("better") >= 6
 
@@ -987,7 +987,7 @@ def test_compare_gives_the_paired_differences_whatever_the_order_of_the_rows(tmp
     right = [(here.probs > 0.5) == labels, (there.probs > np.float32(0.3)) == labels]
     only = [int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())]
     assert [found["right_only_here"], found["right_only_there"]] == only
-    assert found["p_value"] == cxr.compare.sign_test(*right, here.clusters(), 0)["p_value"]
+    assert found["p_value"] == cxr.compare.paired_sign_test(*right, here.clusters(), 0)["p_value"]
     assert f"{only[0]} images are right only here, {only[1]} only there" in screen
 
 

@@ -490,7 +490,7 @@ def test_a_damaged_image_is_read_or_explained_whatever_its_format(fuzz, tmp_path
         how, content = damage(fuzz.rng, sources[i % len(sources)])
         path.write_bytes(content)
         with within(20):
-            item = common.Views([cxr.patients.Film(path, 0, cxr.files.hash_file(path))], 3, 2)[0]
+            item = common.Views([cxr.patients.Xray(path, 0, cxr.files.hash_file(path))], 3, 2)[0]
         how = kinds[i % len(sources)], how, item[2]
         assert item[1].shape == (3, 1, 224, 224) and len(item[2]) <= 200, how
         assert "\n" not in item[2], how

@@ -149,7 +149,7 @@ def test_dicom_that_is_no_single_radiograph_is_refused_with_the_reason(reason, t
     if "NumberOfFrames" in tags:
         tags["pixels"] = np.stack([LEVELS] * 3)
     path = write_dicom(tmp_path / "a.dcm", **tags)
-    item = common.Views([cxr.patients.Film(path, 0, cxr.files.hash_file(path))], 1, 2)[0]
+    item = common.Views([cxr.patients.Xray(path, 0, cxr.files.hash_file(path))], 1, 2)[0]
     assert reason in item[2]
 
 
@@ -235,7 +235,9 @@ def patched_tiff(path, photometric, big=False):
 def test_a_tiff_of_16_bits_is_read_in_both_orders_and_white_may_be_0(big, tmp_path):
     plain = grey(common.load_image(patched_tiff(tmp_path / "a.tiff", 1, big), 2))
     negative = grey(common.load_image(patched_tiff(tmp_path / "b.tiff", 0, big), 2))
-    expected = grey(cxr.decode.stretch(common.PREPARE(Image.fromarray(LEVELS / np.float32(16))), 2))
+    expected = grey(
+        cxr.decode.apply_window(common.PREPARE(Image.fromarray(LEVELS / np.float32(16))), 2)
+    )
     assert np.abs(plain - expected).max() <= 1 and plain[0, 0] == 0
     assert np.abs(negative - (255 - plain)).max() <= 1
 
@@ -633,10 +635,10 @@ def test_a_patient_of_the_test_images_in_train_or_val_is_warned_of_in_the_report
 ):
     child = sorted((data / "train" / "NORMAL").iterdir())[0]
     test = sorted((data / "test" / "NORMAL").iterdir())[0]
-    test.rename(test.with_name(f"{cxr.patients.patient_of(child.name)}-0099.jpeg"))
+    test.rename(test.with_name(f"{cxr.patients.patient_from_name(child.name)}-0099.jpeg"))
     other = sorted((data / "train" / "PNEUMONIA").iterdir())[0]
     val = sorted((data / "val" / "PNEUMONIA").iterdir())[0]
-    val.rename(val.with_name(f"{cxr.patients.patient_of(other.name)}_99.jpeg"))
+    val.rename(val.with_name(f"{cxr.patients.patient_from_name(other.name)}_99.jpeg"))
     assert train.main(flags(data, *TINY)) == 0
     assert "patients in train/ and val/: 1, as person" in capsys.readouterr().err
     assert evaluate.main(flags(data)) == 0
@@ -676,7 +678,7 @@ def test_colour_of_16_bits_is_refused_in_every_format(tmp_path):
     (tmp_path / "b.tiff").write_bytes(b"II*\0" + start + planes + data + directory)
     for name in ("a.ppm", "b.tiff"):
         with pytest.raises(ValueError, match="16 bits a channel"):
-            cxr.decode.open_image(tmp_path / name, 224)
+            cxr.decode.decode(tmp_path / name, 224)
 
 
 def test_dicom_windows_that_miss_the_film_and_ranges_of_padding(tmp_path):
@@ -700,7 +702,7 @@ def test_dicom_windows_that_miss_the_film_and_ranges_of_padding(tmp_path):
 
 def _unidentified(path):
     with pytest.raises(OSError) as caught:
-        cxr.decode.open_image(path, 224)
+        cxr.decode.decode(path, 224)
     return caught.value
 
 
@@ -758,6 +760,4 @@ def test_where_a_picture_stands_in_its_file_does_not_matter(tmp_path):
     content = b"II*\0" + struct.pack("<I3H", 65535 + pixels.size, 8, 8, 8)
     content = content.ljust(65535, b"\0") + pixels.tobytes() + struct.pack("<H", len(tags))
     (tmp_path / "a.tiff").write_bytes(content + b"".join(entries) + bytes(4))
-    assert (
-        np.asarray(cxr.decode.open_image(tmp_path / "a.tiff", 224).grey) == pixels[..., 0]
-    ).all()
+    assert (np.asarray(cxr.decode.decode(tmp_path / "a.tiff", 224).grey) == pixels[..., 0]).all()

@@ -72,7 +72,7 @@ def test_every_number_on_the_page_is_that_of_metrics_json(odd_names, tmp_path, f
     page, report = Page(path), cxr.files.read_json(path.with_name("metrics.json"))
     cells = {row[0].lower().replace(" ", "_"): row[1:] for row in page.rows if row}
     for name, each in report["metrics"].items():
-        assert cells[name] == [cxr.proportions.interval(each)]
+        assert cells[name] == [cxr.proportions.format_interval(each)]
     groups = [row for row in page.rows if len(row) == 4]
     names = {name: name.capitalize() for name in ("sensitivity", "specificity")}
     assert groups == [
@@ -80,7 +80,7 @@ def test_every_number_on_the_page_is_that_of_metrics_json(odd_names, tmp_path, f
             each["group"],
             names.get(each["metric"], "AUROC"),
             str(each["n"]),
-            cxr.proportions.interval(each),
+            cxr.proportions.format_interval(each),
         ]
         for each in report["subgroups"].values()
     ]
@@ -89,10 +89,10 @@ def test_every_number_on_the_page_is_that_of_metrics_json(odd_names, tmp_path, f
     assert cells["normal"] == [str(counts["tn"]), str(counts["fp"])]
     assert cells["pneumonia"] == [str(counts["fn"]), str(counts["tp"])]
     for each in report["elsewhere"]:
-        ppv, npv = (cxr.proportions.interval(each[name]) for name in ("ppv", "npv"))
+        ppv, npv = (cxr.proportions.format_interval(each[name]) for name in ("ppv", "npv"))
         values = f"PPV {ppv}, NPV {npv}"
         assert f"{100 * each['prevalence']:.3g} %: {values}" in page.text
-    for title, lines in cxr.page.findings(report):
+    for title, lines in cxr.page.sections(report):
         assert title in page.text and all(line in page.text for line in lines)
     assert report["intervals"] in page.text and "50 % of these images are PNEUMONIA" in page.text
     assert all(warning in page.text for warning in report["warnings"])
@@ -122,7 +122,8 @@ def test_what_is_missing_or_given_afterwards_stands_beside_the_result(
     assert there["sensitivity"]["value"] >= 0.9
     for shown in (screen, page):
         assert "1 of train/NORMAL, 1 of test/PNEUMONIA: left out" in shown
-        told = f"there sensitivity {cxr.proportions.interval(there['sensitivity'])}, specificity"
+        sensitivity = cxr.proportions.format_interval(there["sensitivity"])
+        told = f"there sensitivity {sensitivity}, specificity"
         assert "sensitivity=0.9 on val" in shown and told in shown
         assert "age, sex, device (no such column of 2 to 10 values in metadata.csv)" in shown
 
@@ -131,18 +132,18 @@ def test_what_is_missing_or_given_afterwards_stands_beside_the_result(
 
 
 def share(k, n):
-    return cxr.proportions.proportion(np.arange(n) < k, range(n))
+    return cxr.proportions.wilson_interval(np.arange(n) < k, range(n))
 
 
 def test_a_result_elsewhere_is_that_of_the_literature():
     sensitivity, specificity = share(46, 50), share(37, 50)
-    positive = cxr.proportions.ratio(sensitivity, cxr.proportions.opposite(specificity))
+    positive = cxr.proportions.ratio_interval(sensitivity, cxr.proportions.complement(specificity))
     assert [positive[key] for key in ("value", "low", "high")] == pytest.approx(
         [3.54, 2.20, 5.69], abs=0.25
     )
     metrics = {"sensitivity": sensitivity, "specificity": specificity}
     found = {
-        each["prevalence"]: each for each in cxr.proportions.at_prevalences(metrics, (0.1, 0.5))
+        each["prevalence"]: each for each in cxr.proportions.predictive_values(metrics, (0.1, 0.5))
     }
     assert found[0.5]["ppv"]["value"] == pytest.approx(46 / 59)
     assert found[0.5]["npv"]["value"] == pytest.approx(37 / 41)
@@ -162,7 +163,7 @@ def test_intervals_elsewhere_hold_the_truth_also_where_nothing_is_wrong():
         for _ in range(600):
             shares = (share(rng.binomial(n, p), n) for p in (sensitivity, specificity))
             metrics = dict(zip(("sensitivity", "specificity"), shares, strict=True))
-            (found,) = cxr.proportions.at_prevalences(metrics, [prevalence])
+            (found,) = cxr.proportions.predictive_values(metrics, [prevalence])
             for i, (name, truth) in enumerate((("ppv", ppv), ("npv", npv))):
                 hits[i] += found[name]["low"] <= truth <= found[name]["high"]
         assert (hits / 600 > 0.9).all(), (sensitivity, specificity, hits)
@@ -171,12 +172,12 @@ def test_intervals_elsewhere_hold_the_truth_also_where_nothing_is_wrong():
 @pytest.mark.parametrize(("right", "wrong"), [(50, 50), (0, 0), (0, 50), (50, 0)])
 def test_shares_of_0_and_1_give_limits_or_are_undefined(right, wrong):
     metrics = {"sensitivity": share(right, 50), "specificity": share(wrong, 50)}
-    for each in cxr.proportions.at_prevalences(metrics, cxr.proportions.PREVALENCES):
+    for each in cxr.proportions.predictive_values(metrics, cxr.proportions.PREVALENCES):
         for name in ("ppv", "npv"):
             low, value, high = (each[name][key] for key in ("low", "value", "high"))
             if value is not None:
                 assert -1e-9 <= low <= value <= high <= 1 + 1e-9
-    json.dumps(cxr.proportions.at_prevalences(metrics, [0.1]), allow_nan=False)
+    json.dumps(cxr.proportions.predictive_values(metrics, [0.1]), allow_nan=False)
 
 
 def test_wilson_s_interval_counts_patients_where_their_images_are_alike():
@@ -187,16 +188,16 @@ def test_wilson_s_interval_counts_patients_where_their_images_are_alike():
             own = rng.normal(size=(50, 1)) * 0.75**0.5
             z = own + rng.normal(size=(50, 3)) * 0.25**0.5  # three images a patient, alike
             right = (z < scipy.stats.norm.ppf(p)).ravel()
-            found = cxr.proportions.proportion(right, np.repeat(np.arange(50), 3))
+            found = cxr.proportions.wilson_interval(right, np.repeat(np.arange(50), 3))
             hits += found["low"] <= p <= found["high"]
-            found = cxr.proportions.proportion(right, np.arange(150))
+            found = cxr.proportions.wilson_interval(right, np.arange(150))
             plain += found["low"] <= p <= found["high"]
         assert 0.91 < hits / runs < 0.985 and plain / runs < hits / runs
     for k, n in ((0, 7), (5, 7), (50, 60), (60, 60)):
         expected = scipy.stats.binomtest(k, n).proportion_ci(method="wilson")
         found = share(k, n)
         assert (found["low"], found["high"]) == pytest.approx(tuple(expected), abs=1e-9)
-    whole = cxr.proportions.proportion(np.ones(60), np.repeat(np.arange(20), 3))
+    whole = cxr.proportions.wilson_interval(np.ones(60), np.repeat(np.arange(20), 3))
     assert whole["low"] == pytest.approx(share(20, 20)["low"])
 
 

@@ -138,7 +138,7 @@ def test_names_tell_the_patients_of_the_reference_data(reference):
     counts = {}
     for split in ("train", "test"):
         for path, label in cxr.folders.list_split(reference, split):
-            counts.setdefault((split, label), set()).add(cxr.patients.patient_of(path.name))
+            counts.setdefault((split, label), set()).add(cxr.patients.patient_from_name(path.name))
     found = {key: len(patients) for key, patients in counts.items()}
     assert found == {("train", 0): 148, ("train", 1): 148, ("test", 0): 50, ("test", 1): 43}
     assert None not in set.union(*counts.values())

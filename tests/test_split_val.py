@@ -627,7 +627,7 @@ def test_the_check_finds_every_planted_fault_and_nothing_else(fair, capsys):
         target = folder / f"person9{source.name[6:]}"
         image.save(target, quality=quality)
         similar[pair(source, target)] = kind
-    patient = cxr.patients.patient_of(normal[8].name)
+    patient = cxr.patients.patient_from_name(normal[8].name)
     child = sorted((test / "NORMAL").glob("person1??_virus_1*"))[0]
     child.rename(child.with_name(f"{patient}_999.jpeg"))  # a patient in train/ and test/
     sick[0].rename(sick[0].with_name("scan.jpeg"))
@@ -655,7 +655,7 @@ def test_the_check_finds_every_planted_fault_and_nothing_else(fair, capsys):
 def test_what_train_and_val_share_is_a_warning_and_what_test_shares_an_error(fair, capsys):
     assert run(fair, "--per-class", 10) == 0
     source = sorted((fair / "train" / "NORMAL").iterdir())[0]
-    image, patient = Image.open(source), cxr.patients.patient_of(source.name)
+    image, patient = Image.open(source), cxr.patients.patient_from_name(source.name)
     for split, expected in (("val", "warnings"), ("test", "errors")):
         file = fair / split / "NORMAL" / f"{patient}_77.jpeg"
         image.save(file, quality=50)
@@ -834,10 +834,10 @@ def test_alike_images_of_one_patient_raise_no_false_alarms():
     for seed in range(15):
         numbers, pixels, labels, patients = null_data(np.random.default_rng(seed), 33)
         alone = np.ones(len(labels), bool)
-        rows = cxr.shortcuts.find_shortcuts(numbers, pixels, labels, patients, alone)
+        rows = cxr.shortcuts.score_shortcuts(numbers, pixels, labels, patients, alone)
         shortcuts += any(row["alarm"] for row in rows)
         border += any(row["alarm"] for row in rows if row["number"] == "3-pixel border")
-        found = cxr.shortcuts.find_shift(numbers, pixels, labels == 1, patients)
+        found = cxr.shortcuts.score_shift(numbers, pixels, labels == 1, patients)
         shift += any(cxr.shortcuts.is_alarming(each, labels, patients) for each in found.values())
     # counting images raises some alarm in half of such sets, and scoring the border where it was
     # fitted in three of four
@@ -850,7 +850,7 @@ def test_a_number_that_tells_the_label_is_found_and_scored_on_the_other_side():
     numbers["constant"] = np.ones(len(labels))
     scored = np.isin(patients, [str(i) for i in range(30)])
     numbers["constant"][scored] = labels[scored]  # never splits where it is fitted
-    rows = cxr.shortcuts.find_shortcuts(numbers, pixels, labels, patients, scored)
+    rows = cxr.shortcuts.score_shortcuts(numbers, pixels, labels, patients, scored)
     assert [row["number"] for row in rows if row["alarm"]] == ["number 0"]
     assert rows[0]["rule"].startswith("<=") and rows[0]["n"] == 90
     assert rows[0]["auroc"] > 0.95 and rows[0]["accuracy"] > 0.9

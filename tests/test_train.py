@@ -387,12 +387,12 @@ def test_folds_never_separate_a_patient_and_spread_the_classes():
     labels = torch.tensor([1.0] * 60 + [0.0] * 60)
     pairs = zip(names, labels, strict=True)
     images = [cxr.patients.identify(Path("train", name), int(y), {}) for name, y in pairs]
-    folds = cxr.folds.split_folds(images, labels, 5, seed=0)
+    folds = cxr.folds.patient_folds(images, labels, 5, seed=0)
     assert sorted(torch.cat(folds).tolist()) == list(range(120))
     patients = [{images[row].group for row in rows} for rows in folds]
     assert not any(a & b for i, a in enumerate(patients) for b in patients[:i])
     assert all(0.35 < labels[rows].mean() < 0.65 for rows in folds)
-    again = cxr.folds.split_folds(images, labels, 5, seed=1)
+    again = cxr.folds.patient_folds(images, labels, 5, seed=1)
     assert any(not torch.equal(a, b) for a, b in zip(folds, again, strict=True))
 
 
