@@ -1,105 +1,32 @@
-"""common.py: images and views, the device, the pass with its cache, patients."""
+"""common.py: views, the device, networks, and the pass that computes features."""
 
-import contextlib
-import io
-import os
-import subprocess
-import sys
-from argparse import Namespace
+import json
+import multiprocessing
+import re
+import threading
+import time
 from pathlib import Path
 
+import faults
 import numpy as np
 import pytest
 import torch
-from phantoms import draw_phantom
-from PIL import Image, ImageOps
+import torchvision
+from faults import listing, put, within
+from helpers import SCRIPTS, TINY, TINY_FAST, extract, grey, home_flags
+from torch import nn
 from torchvision import transforms
 
 import common
-import cxr.decode
-import cxr.errors
-import cxr.files
-import cxr.patients
-import cxr.shortcuts
+import train
+from cxr.errors import Failure
 
-ROOT = Path(__file__).resolve().parent.parent
 TO_TENSOR = transforms.Compose(
     [transforms.ToTensor(), transforms.Normalize(common.MEAN, common.STD)]
 )
 
 
-@pytest.fixture(scope="module")
-def phantom():
-    return draw_phantom(np.random.default_rng(0), True)
-
-
-def grey(image):
-    return np.asarray(image, dtype=np.int16)
-
-
-# ---------------------------------------------------------------- images and views
-
-
-def test_an_image_is_stretched_between_its_own_percentiles(phantom, tmp_path):
-    phantom.save(tmp_path / "a.png")
-    expected = ImageOps.autocontrast(phantom, cutoff=2)
-    assert (grey(common.load_image(tmp_path / "a.png", 2)) == grey(expected)).all()
-    assert (grey(common.load_image(tmp_path / "a.png", 0)) == grey(phantom)).all()
-    dim = phantom.point([int(30 + level * 0.4) for level in range(256)])
-    dim.save(tmp_path / "dim.png")
-    assert np.abs(grey(common.load_image(tmp_path / "dim.png", 2)) - grey(expected)).max() <= 3
-
-
-def test_sixteen_bits_give_the_picture_of_eight_and_one_bright_pixel_changes_nothing(
-    phantom, tmp_path
-):
-    levels = np.asarray(phantom, np.uint16) * 16  # 12 bits, as detectors have them
-    expected = grey(ImageOps.autocontrast(phantom, cutoff=2))
-    for spoilt in (False, True):
-        levels[5, 5] = 65535 if spoilt else levels[5, 5]
-        for name in ("a.png", "a.tiff"):
-            Image.fromarray(levels).save(tmp_path / name)
-            found = grey(common.load_image(tmp_path / name, 2))
-            assert np.abs(found - expected).max() <= 2 + 255 * spoilt  # at that pixel, or beside
-            assert np.abs(found - expected).mean() < 1
-
-
-def test_the_whole_film_is_resized_and_nothing_is_cropped(tmp_path):
-    film = np.full((300, 600), 100, np.uint8)
-    film[:, :20] = film[:, -20:] = 200  # what a centre crop would take off
-    Image.fromarray(film).save(tmp_path / "wide.png")
-    found = grey(common.load_image(tmp_path / "wide.png", 0))
-    assert found.shape == (224, 224)
-    assert (found[:, :5] > 190).all() and (found[:, -5:] > 190).all()
-
-
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "CMYK"])
-def test_other_modes_come_out_with_their_grey_levels(phantom, mode, tmp_path):
-    path = tmp_path / ("a.tiff" if mode == "CMYK" else "a.png")
-    phantom.convert(mode).save(path)
-    difference = np.abs(grey(common.load_image(path, 0)) - grey(phantom))
-    assert difference.max() <= 1
-
-
-def test_a_rotated_photograph_is_turned_upright(phantom, tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    phantom.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.png", exif=exif)
-    assert (grey(common.load_image(tmp_path / "a.png", 0)) == grey(phantom)).all()
-
-
-def test_a_large_jpeg_is_decoded_small_but_never_below_what_the_network_sees(tmp_path):
-    large = draw_phantom(np.random.default_rng(1), False, 1000)
-    large.save(tmp_path / "a.jpeg", quality=90)
-    assert cxr.decode.decode(tmp_path / "a.jpeg", 224).grey.size == (250, 250)
-    plain = large.resize((224, 224), Image.Resampling.BILINEAR)
-    assert np.abs(grey(common.load_image(tmp_path / "a.jpeg", 0)) - grey(plain)).mean() < 2
-
-
-def test_no_format_is_tried_that_pillow_hands_to_another_program(tmp_path):
-    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
-    with pytest.raises(OSError, match="cannot identify"):
-        cxr.decode.decode(tmp_path / "a.png", 224)
+# ---------------------------------------------------------------- views
 
 
 def test_views_are_the_image_its_mirror_image_and_fixed_small_changes(phantom):
@@ -169,14 +96,14 @@ def test_on_cuda_what_is_scored_is_not_rounded_to_tf32(monkeypatch):
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "mps", "gpu", "cuda:x", ""])
 def test_a_device_that_is_absent_is_refused(monkeypatch, name):
     Machine(monkeypatch)
-    with pytest.raises(cxr.errors.Failure, match="--device"):
+    with pytest.raises(Failure, match="--device"):
         common.pick_device(name)
 
 
 def test_the_last_gpu_exists_and_the_one_after_does_not(monkeypatch):
     Machine(monkeypatch, cuda=2)
     assert common.pick_device("cuda:1")[0].index == 1
-    with pytest.raises(cxr.errors.Failure, match="2 found"):
+    with pytest.raises(Failure, match="2 found"):
         common.pick_device("cuda:2")
 
 
@@ -189,30 +116,79 @@ def test_each_process_of_torchrun_gets_its_own_gpu(monkeypatch):
     assert common.pick_device("auto")[0] == torch.device("cuda:3")
 
 
-# ---------------------------------------------------------------- the pass and its cache
+def test_a_rank_without_torchrun_takes_the_first_gpu(monkeypatch):
+    Machine(monkeypatch, cuda=1)
+    monkeypatch.setenv("LOCAL_RANK", "3")  # of a scheduler
+    assert common.pick_device("auto")[0] == torch.device("cuda:0")
 
 
-@pytest.fixture(scope="module")
-def backbone():
-    return common.build_backbone("tinynet")
+def test_a_gpu_that_cannot_be_used_is_said_and_the_cpu_taken(monkeypatch, capsys):
+    def broken(*_, **__):
+        raise RuntimeError("CUDA error: no kernel image is available for execution")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(nn.functional, "conv2d", broken)
+    monkeypatch.setattr(torch, "ones", lambda *shape, device: torch.zeros(*shape))
+    with pytest.raises(Failure, match="no kernel image") as failure:
+        common.pick_device("cuda")
+    assert failure.value.status == 4
+    monkeypatch.setattr(nn.functional, "conv2d", lambda x, w: x if calls.pop() else broken())
+    calls = [True, False]
+    assert common.pick_device("auto")[0].type == "cpu"
+    assert "cuda cannot be used (CUDA error: no kernel image" in capsys.readouterr().err
 
 
-@pytest.fixture(scope="module")
-def images(split_phantoms):
-    return cxr.patients.read_split(split_phantoms, "val")["val"][::2]
+# ---------------------------------------------------------------- networks
 
 
-def extract(backbone, images, n_views, cache=None, dtype=torch.float32, window=2.0, **flags):
-    args = {"cache_dir": cache, "no_cache": cache is None, "batch_size": 4, "workers": 0}
-    device = torch.device("cpu")
-    args = Namespace(**(args | flags))
-    return common.extract_features(backbone, images, n_views, window, device, dtype, args)
+def test_frozen_means_no_gradient_and_eval_mode_for_good(backbone):
+    modules = list(backbone.network.modules())
+    assert not any(module.training for module in modules)
+    assert not any(p.requires_grad for p in backbone.network.parameters())
+    again = common.build_backbone("tinynet").network.state_dict()
+    assert all(torch.equal(again[k], v) for k, v in backbone.network.state_dict().items())
 
 
-def computed(capsys):
-    """The number of images that the passes since the last call computed."""
-    lines = capsys.readouterr().out.splitlines()
-    return sum(int(line.split()[1]) for line in lines if "images computed" in line)
+def test_batchnorm_is_folded_and_the_copy_computes_the_same(images):
+    network = common.build_backbone("resnet18").network
+    fast = common.prepare_network(network, torch.device("cpu"), torch.float32, compiled=False)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in fast.modules())
+    x = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.allclose(fast(x), network(x), rtol=1e-3, atol=1e-3)
+
+
+def test_a_network_gets_the_normalisation_of_its_own_weights():
+    halves = common.build_backbone("efficientnet_v2_l").normalize.transforms[-1]
+    assert halves.mean == halves.std == [0.5, 0.5, 0.5]
+    assert common.build_backbone("resnet18").normalize is common.NORMALIZE
+    torch.manual_seed(0)
+    true = torchvision.models.googlenet(weights=None, init_weights=False, transform_input=True)
+    backbone = common.build_backbone("googlenet", true.state_dict(), "x")
+    true.fc, pixels = (
+        nn.Identity(),
+        common.NORMALIZE(torch.zeros(1, 1, 224, 224, dtype=torch.uint8)),
+    )
+    with torch.no_grad():
+        assert torch.allclose(backbone.network(pixels), true.eval()(pixels), atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["densenet121", "mobilenet_v3_small", "vgg11", "vit_b_32"])
+def test_other_architectures_load_back(arch):
+    backbone = common.build_backbone(arch)
+    state = backbone.network.state_dict()
+    state[f"{backbone.head_name}.weight"] = torch.zeros(1, backbone.width)
+    state[f"{backbone.head_name}.bias"] = torch.zeros(1)
+    again = common.build_backbone(arch, state)
+    assert again.weight.shape == (1, backbone.width)
+    pixels = torch.rand(2, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.equal(again.network(pixels), backbone.network(pixels))
+        assert backbone.network(pixels).shape == (2, backbone.width)
+
+
+# ---------------------------------------------------------------- the pass
 
 
 def test_features_are_those_of_the_plain_network_whatever_the_order_and_the_workers(
@@ -222,7 +198,7 @@ def test_features_are_those_of_the_plain_network_whatever_the_order_and_the_work
     assert not bad and features.shape == (12, 3, 8) and features.dtype == torch.float32
     for row in (0, 7):
         picture = common.load_image(images[row].path, 2)
-        view = common.make_view(picture, 2, images[row].digest).convert("RGB")
+        view = common.make_view(picture, 2, images[row].sha256).convert("RGB")
         plain = backbone.network(TO_TENSOR(view)[None])[0]
         assert torch.allclose(features[row, 2], plain, rtol=1e-4, atol=1e-5)
     backwards, _ = extract(backbone, images[::-1], 3)
@@ -250,96 +226,6 @@ def test_training_views_in_bfloat16_are_close_to_float32(images):
     assert similar.min() > 0.999
 
 
-def test_batchnorm_is_folded_and_the_copy_computes_the_same(images):
-    network = common.build_backbone("resnet18").network
-    fast = common.prepare_network(network, torch.device("cpu"), torch.float32, compiled=False)
-    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in fast.modules())
-    x = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        assert torch.allclose(fast(x), network(x), rtol=1e-3, atol=1e-3)
-
-
-def test_the_cache_gives_back_what_was_computed_and_only_the_missing_is_computed(
-    backbone, images, tmp_path, capsys
-):
-    first, _ = extract(backbone, images[:8], 2, tmp_path)
-    assert computed(capsys) == 8
-    again, _ = extract(backbone, images, 2, tmp_path)
-    assert computed(capsys) == 4 and torch.equal(again[:8], first)
-    fewer, _ = extract(backbone, images, 1, tmp_path)
-    assert computed(capsys) == 0 and torch.equal(fewer, again[:, :1])
-    more, _ = extract(backbone, images, 3, tmp_path)
-    assert computed(capsys) == 12 and torch.equal(more[:, :2], again)
-    without, _ = extract(backbone, images, 3)
-    assert torch.equal(without, more)
-
-
-def test_a_moved_image_costs_nothing(backbone, images, tmp_path, capsys):
-    extract(backbone, images, 1, tmp_path / "cache")
-    computed(capsys)
-    moved = tmp_path / "elsewhere.jpeg"
-    moved.write_bytes(images[3].path.read_bytes())
-    extract(backbone, [cxr.patients.Xray(moved, 1, images[3].digest)], 1, tmp_path / "cache")
-    assert computed(capsys) == 0
-
-
-def test_other_weights_precision_window_or_transforms_never_reuse_a_vector(
-    backbone, images, tmp_path, monkeypatch, capsys
-):
-    changed = common.build_backbone("tinynet")
-    changed.network.conv.weight.data[0, 0, 0, 0] += 0.001
-    settings = common.build_backbone("tinynet")
-    settings.network.bn.eps = 0.1
-    extract(backbone, images[:2], 1, tmp_path)
-    computed(capsys)
-    for other, flags in (
-        (changed, {}),
-        (settings, {}),
-        (backbone, {"dtype": torch.bfloat16}),
-        (backbone, {"window": 1.0}),
-    ):
-        extract(other, images[:2], 1, tmp_path, **flags)
-        assert computed(capsys) == 2
-    for name in ("PREPARE", "AUGMENT", "NORMALIZE"):
-        with monkeypatch.context() as patch:
-            patch.setattr(common, name, transforms.Compose([getattr(common, name)]))
-            extract(common.build_backbone("tinynet"), images[:2], 1, tmp_path)
-            assert computed(capsys) == 2
-    extract(backbone, images[:2], 1, tmp_path)
-    assert computed(capsys) == 0
-
-
-def test_a_damaged_file_of_the_cache_is_computed_again_and_said(
-    backbone, images, tmp_path, capsys, request
-):
-    first, _ = extract(backbone, images[:1], 2, tmp_path)
-    (path,) = tmp_path.glob("*/*.npz")
-    whole = path.read_bytes()
-    rng = np.random.default_rng(request.config.option.fuzz_seed)
-    count = len(whole) if request.config.option.fuzz else 40
-    for at in rng.choice(len(whole), count, replace=False):
-        damaged = bytearray(whole)
-        damaged[at] ^= 1 << rng.integers(8)
-        path.write_bytes(damaged)
-        capsys.readouterr()
-        again, _ = extract(backbone, images[:1], 2, tmp_path)
-        assert torch.equal(again, first)
-    for content in (b"", whole[:100], b"no zip"):
-        path.write_bytes(content)
-        again, _ = extract(backbone, images[:1], 2, tmp_path)
-        assert torch.equal(again, first) and "computed again" in capsys.readouterr().err
-        assert path.read_bytes() == whole
-
-
-def test_an_image_that_changes_after_it_was_hashed_is_never_kept(backbone, images, tmp_path):
-    path = tmp_path / "a.jpeg"
-    path.write_bytes(images[0].path.read_bytes())
-    image = cxr.patients.Xray(path, 0, images[1].digest)
-    _, bad = extract(backbone, [image, images[2]], 1, tmp_path / "cache")
-    assert list(bad) == [0] and "changed" in bad[0]
-    assert [p.stem for p in (tmp_path / "cache").glob("*/*.npz")] == [images[2].digest]
-
-
 def test_a_rank_that_is_not_torchrun_s_is_ignored(backbone, images, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -350,76 +236,69 @@ def test_a_rank_that_is_not_torchrun_s_is_ignored(backbone, images, monkeypatch)
 def test_an_output_that_is_not_finite_is_refused_with_3(images):
     backbone = common.build_backbone("tinynet")
     backbone.network.conv.weight.data.fill_(float("inf"))
-    with pytest.raises(cxr.errors.Failure, match="not finite") as caught:
+    with pytest.raises(Failure, match="not finite") as caught:
         extract(backbone, images, 1)
     assert caught.value.status == 3
 
 
-def test_frozen_means_no_gradient_and_eval_mode_for_good(backbone):
-    modules = list(backbone.network.modules())
-    assert not any(module.training for module in modules)
-    assert not any(p.requires_grad for p in backbone.network.parameters())
-    again = common.build_backbone("tinynet").network.state_dict()
-    assert all(torch.equal(again[k], v) for k, v in backbone.network.state_dict().items())
+def test_a_log_file_hears_of_a_slow_pass(data, flags, monkeypatch, capsys):
+    monkeypatch.setattr(common, "LOG_EVERY", 0)
+    assert train.main(flags(data, *TINY_FAST)) == 0
+    assert re.search(r"Features: \d+ of 80 views, \d+ s left", capsys.readouterr().out)
 
 
-# ---------------------------------------------------------------- names, files
+def test_a_machine_without_semaphores_or_a_file_without_permission_is_no_bad_image(
+    data, flags, monkeypatch, capsys
+):
+    def refuse(*_, **__):
+        raise FileNotFoundError(2, "No such file or directory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            torch.utils.data.dataloader._MultiProcessingDataLoaderIter, "__init__", refuse
+        )
+        assert train.main(flags(data, *TINY, "--workers", 2)) == 4
+    assert "cannot start" in (error := capsys.readouterr().err) and "--workers 0" in error
+    path, true = sorted((data / "train" / "NORMAL").iterdir())[3], Path.read_bytes
+
+    def read_bytes(self):
+        if self == path:
+            raise PermissionError(13, "Permission denied", str(self))
+        return true(self)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    assert train.main(flags(data, *TINY, "--skip-bad")) == 2
+    assert f"train.py: {path}: Permission denied" in capsys.readouterr().err
 
 
-def test_names_tell_the_patient():
-    assert cxr.patients.patient_from_name("person86_virus_1.jpeg") == "person86_virus"
-    assert cxr.patients.patient_from_name("person86_virus_1.jpeg", cautious=True) == "person86"
-    assert cxr.patients.patient_from_name("person86_bacteria_2.jpeg", cautious=True) == "person86"
-    assert cxr.patients.patient_from_name("IM-0001-0002.jpeg") != cxr.patients.patient_from_name(
-        "NORMAL2-IM-0001-0001.jpeg"
-    )
-    assert cxr.patients.patient_from_name("NORMAL2-IM-0001-0001-0002.jpeg") == "NORMAL2-IM-0001"
-    assert cxr.patients.patient_from_name("person447_virus_921_1.jpeg") == "person447_virus"
-    assert cxr.patients.patient_from_name("scan.png") is None
+def test_a_decoding_process_that_dies_is_one_line(refused, home):
+    def kill():
+        while not (children := multiprocessing.active_children()):
+            time.sleep(0.001)
+        children[0].kill()
+
+    old = listing(home)
+    threading.Thread(target=kill, daemon=True).start()
+    with within(60):
+        assert "--workers 0" in refused(4, "train", "--workers", 1, "--no-cache")
+    assert listing(home) == old
 
 
-def test_json_that_was_changed_or_comes_from_elsewhere_is_refused_by_name(tmp_path):
-    path = tmp_path / "a.json"
-    assert cxr.files.read_json(path) is None
-    cxr.files.write_json(path, {"threshold": 0.5, "images": {"a": "b"}})
-    assert cxr.files.read_json(path) == {"threshold": 0.5, "images": {"a": "b"}}
-    for text in (path.read_text().replace("0.5", "0.6"), '{"threshold": 0.5}', "[]", "", "\0"):
-        path.write_text(text)
-        with pytest.raises(cxr.errors.Failure, match=r"a\.json"):
-            cxr.files.read_json(path)
-
-
-def test_a_written_file_takes_its_place_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-    with contextlib.suppress(KeyError), cxr.files.atomic_write(path, "w") as file:
-        file.write("half")
-        raise KeyError
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
-    (tmp_path / "link.txt").symlink_to(path)
-    with cxr.files.atomic_write(tmp_path / "link.txt", "w") as file:
-        file.write("new")
-    assert path.read_text() == "new" and (tmp_path / "link.txt").is_symlink()
-
-
-def test_the_numbers_of_an_image_are_those_of_its_file(tmp_path):
-    pixels = np.tile(np.arange(100, dtype=np.uint8)[:, None], (1, 60))
-    Image.fromarray(pixels).convert("RGB").save(tmp_path / "a.jpeg", quality=83, subsampling=0)
-    numbers, picture, scan = cxr.shortcuts.image_numbers(tmp_path / "a.jpeg", 224)
-    assert (numbers["width"], numbers["height"]) == scan.size == (60, 100)
-    assert numbers["bits a pixel"] == 24 and scan.format == "JPEG" and numbers["JPEG quality"] == 83
-    assert numbers["file size"] == (tmp_path / "a.jpeg").stat().st_size
-    assert numbers["mean"] == pytest.approx(49.5, abs=0.2)
-    assert numbers["sharpness"] == pytest.approx(1, abs=0.1) and picture.mode == "L"
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "png")
-    (tmp_path / "a.png").write_bytes(buffer.getvalue())
-    numbers, _, scan = cxr.shortcuts.image_numbers(tmp_path / "a.png", 224)
-    assert (numbers["bits a pixel"], numbers["JPEG quality"], scan.format) == (8, 0, "PNG")
-
-
-def test_importing_the_scripts_prints_and_writes_nothing(tmp_path):
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import split_val, train, evaluate"
-    command = [sys.executable, "-c", code, str(ROOT)]
-    out = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    assert not out.stdout and not out.stderr and not os.listdir(tmp_path)
+def test_bad_images_are_all_named_and_left_out_only_when_asked(run_script, home, capsys):
+    bad = {"train": [], "test": []}
+    for i, (file, content, _) in enumerate(faults.BAD_IMAGES.values()):
+        for split, paths in bad.items():
+            paths.append(home / "data" / split / "NORMAL" / f"bad{i}{file}")
+            put(paths[-1], content)
+    for script, split in (("train", "train"), ("evaluate", "test")):
+        status, lines = run_script(script)
+        assert status == 2 and len(lines) == 5
+        assert f"(and {len(bad[split]) - 1} more; split_val.py --check lists all)" in lines[-1]
+        assert SCRIPTS[script].main(home_flags(script, home, "--skip-bad")) == 0
+        errors = capsys.readouterr().err
+        assert sum(f"left out: {path}: " in errors for path in bad[split]) == 5
+        assert f"left out: {len(bad[split])} images in all" in errors
+    names = sorted(str(path.relative_to(home / "data")) for path in bad["train"])
+    assert sorted(json.loads((home / "model.json").read_text())["skipped"]) == names
+    report = json.loads((home / "results" / "metrics.json").read_text())
+    assert report["unreadable"] == len(names) and report["n"] == 12

@@ -20,13 +20,12 @@ from torchvision.models import get_model
 from torchvision.models._api import register_model
 
 import common
-import cxr.files
-import cxr.folders
-import cxr.patients
 import evaluate
 import split_val
 import train
-from cxr.folders import CLASSES
+from cxr.files import read_json
+from cxr.folders import CLASSES, list_split
+from cxr.patients import patient_from_name, read_split
 
 
 class Lite0(nn.Module):
@@ -93,16 +92,16 @@ def run(results, cache, tmp_path):
 
 
 def test_the_network_tells_the_classes_as_well_as_was_measured(results):
-    report = cxr.files.read_json(results / "results" / "metrics.json")
+    report = read_json(results / "results" / "metrics.json")
     assert report["metrics"]["auroc"]["value"] > 0.92
     assert report["metrics"]["accuracy"]["value"] > 0.74
-    assert cxr.files.read_json(results / "model.json")["val_loss"] < 0.22
+    assert read_json(results / "model.json")["val_loss"] < 0.22
 
 
 def test_photographs_negatives_and_noise_are_unlike_and_the_test_images_are_not(
     results, run, tmp_path, capsys
 ):
-    report = cxr.files.read_json(results / "results" / "metrics.json")
+    report = read_json(results / "results" / "metrics.json")
     assert report["unlike"]["over"] <= 3 and not report["unlike"]["elsewhere"]
     assert report["unlike"]["shift"] < 0.3
     images = [results / "data" / "test" / name for name in CLASSES]
@@ -137,8 +136,8 @@ def evaluate_rows(folder):
 def test_names_tell_the_patients_of_the_reference_data(reference):
     counts = {}
     for split in ("train", "test"):
-        for path, label in cxr.folders.list_split(reference, split):
-            counts.setdefault((split, label), set()).add(cxr.patients.patient_from_name(path.name))
+        for path, label in list_split(reference, split):
+            counts.setdefault((split, label), set()).add(patient_from_name(path.name))
     found = {key: len(patients) for key, patients in counts.items()}
     assert found == {("train", 0): 148, ("train", 1): 148, ("test", 0): 50, ("test", 1): 43}
     assert None not in set.union(*counts.values())
@@ -195,7 +194,7 @@ def test_a_test_image_in_train_is_told(reference, tmp_path, capsys):
 
 
 def test_every_seed_gives_exactly_what_is_asked_of_whole_patients(xrays):
-    train = cxr.patients.read_split(xrays, "train")["train"]
+    train = read_split(xrays, "train")["train"]
     for seed in range(200):
         moved = split_val.choose_patients(train, 50, seed)
         assert [len(moved[name]) for name in CLASSES] == [50, 50]
@@ -212,7 +211,7 @@ def test_the_check_finds_what_is_known_of_the_reference_data(xrays, tmp_path, ca
         shutil.rmtree(xrays / "test")
     flags = ["--data-dir", str(xrays), "--check", "--json", str(tmp_path / "check.json")]
     assert split_val.main(flags) == 0
-    page, report = capsys.readouterr().out, cxr.files.read_json(tmp_path / "check.json")
+    page, report = capsys.readouterr().out, read_json(tmp_path / "check.json")
     for key in ("errors", "unreadable", "same", "nearly_same", "no_patient"):
         assert report[key] == []
     assert report["patients_across"] == {}

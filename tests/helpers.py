@@ -1,0 +1,243 @@
+"""What tests of several modules share: running a script, reading its files, making data."""
+
+import csv
+import io
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+import torch
+from phantoms import draw_phantom
+from PIL import Image, ImageOps
+from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian
+from torch import nn
+from torchvision.models import get_model
+
+import common
+import evaluate
+import split_val
+import train
+from cxr.folders import CLASSES, list_images
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {"train": train, "evaluate": evaluate, "split_val": split_val}
+PICTURES = {
+    f"{name}.png"
+    for name in ("roc", "precision_recall", "confusion", "reliability", "scores", "worst")
+}
+TABLES = {"metrics.json", "predictions.csv", "report.html"}
+TINY = "--arch", "tinynet", "--weights", "random", "--views", "2"
+TINY_FAST = *TINY, "--lr", "0.1"
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+# ---------------------------------------------------------------- what a script wrote
+
+
+def read_report(folder):
+    content = json.loads((folder / "metrics.json").read_text())
+    assert content.pop("checksum")
+    return content
+
+
+def read_rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def read_probs(path):
+    return {row["file"]: float(row["probability"]) for row in read_rows(path)}
+
+
+def read_about(tmp_path):
+    return json.loads((tmp_path / "model.json").read_text())
+
+
+# ---------------------------------------------------------------- evaluate.py
+
+
+def keep(data, count):
+    """Removes all test images but `count` of each class."""
+    for name in CLASSES:
+        for path in list_images(data / "test" / name)[count:]:
+            path.unlink()
+
+
+def write_rows(path, labels, probs, names=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = names or [f"test/{i}.png" for i in range(len(labels))]
+    rows = zip(names, labels, map(float, probs), strict=True)
+    lines = [f"{name},{CLASSES[label]},{prob!r},,\n" for name, label, prob in rows]
+    path.write_text("file,label,probability,prediction,error\n" + "".join(lines))
+    return path
+
+
+def plain_network(path):
+    """The checkpoint in plain torch: torchvision's network with one output, in eval mode."""
+    network = get_model("tinynet")
+    network.fc = nn.Linear(network.fc.in_features, 1)
+    network.load_state_dict(torch.load(path), strict=True)
+    return network.eval()
+
+
+def plain_pixels(path):
+    """What the network sees of an image file, written out: the window, then ImageNet's scale."""
+    grey = Image.open(path).convert("L").resize((224, 224), Image.Resampling.BILINEAR)
+    pixels = np.array(ImageOps.autocontrast(grey, cutoff=2).convert("RGB"))
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (common.MEAN, common.STD))
+    return ((torch.from_numpy(pixels).permute(2, 0, 1) / 255 - mean) / std)[None]
+
+
+# ---------------------------------------------------------------- features
+
+
+def extract(backbone, images, n_views, cache=None, dtype=torch.float32, window=2.0, **flags):
+    args = {"cache_dir": cache, "no_cache": cache is None, "batch_size": 4, "workers": 0}
+    device = torch.device("cpu")
+    args = Namespace(**(args | flags))
+    return common.extract_features(backbone, images, n_views, window, device, dtype, args)
+
+
+def computed(capsys):
+    """The number of images that the passes since the last call computed."""
+    lines = capsys.readouterr().out.splitlines()
+    return sum(int(line.split()[1]) for line in lines if "images computed" in line)
+
+
+# ---------------------------------------------------------------- data folders and split_val.py
+
+
+def make_tree(root, train, test=0):
+    """A data folder of files that need not be images: nothing but --check decodes them."""
+    for split, count in (("train", train), ("test", test))[: 1 + (test > 0)]:
+        for label, name in enumerate(CLASSES):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                patient = 3 * (i // 4) + min(i % 4, 2)  # of four images two are of one patient
+                patient += 10000 * (split == "test")
+                virus, normal = f"person{patient}_virus_{i}.jpeg", f"IM-{patient:04d}-{i:04d}.jpeg"
+                (folder / (virus if label else normal)).write_bytes(f"{split} {name} {i}".encode())
+    return root
+
+
+def run_split(folder, *flags):
+    return split_val.main(["--data-dir", str(folder), *map(str, flags)])
+
+
+def snapshot(folder):
+    """{relative path: content, None for a folder} of everything below `folder`."""
+    paths = sorted(Path(folder).rglob("*"))
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
+        for path in paths
+    }
+
+
+def names_in(folder, split):
+    return {name: sorted(p.name for p in (folder / split / name).iterdir()) for name in CLASSES}
+
+
+def sizes(folder, split="val"):
+    return [len(list_images(folder / split / name)) for name in CLASSES]
+
+
+def split_refused(folder, capsys, *flags):
+    """The one line on stderr of a run that exits 2 and leaves everything as it was."""
+    before = snapshot(folder)
+    capsys.readouterr()
+    assert run_split(folder, *flags) == 2
+    assert snapshot(folder) == before
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def with_table(data, text):
+    (data / "metadata.csv").write_text(text)
+    return ["--data-dir", str(data), "--check"]
+
+
+# ---------------------------------------------------------------- faults
+
+
+def home_flags(script, home, *more):
+    """A command line on home/data with every output in `home`."""
+    argv = ["--data-dir", home / "data"]
+    if script != "split_val":
+        argv += ["--checkpoint", home / "model.pth", "--results-dir", home / "results"]
+        argv += ["--cache-dir", home / "cache", "--device", "cpu", "--workers", 0]
+    if script == "train":
+        argv += ["--arch", "tinynet", "--weights", "random", "--views", 2, "--epochs", 3]
+    return [str(part) for part in (*argv, *more)]
+
+
+# ---------------------------------------------------------------- images
+
+
+def grey(image):
+    return np.asarray(image).astype(int)
+
+
+def reencoded(image, quality):
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return Image.open(buffer).convert("L")
+
+
+def shifted(image, x, y):
+    pixels = np.pad(np.asarray(image), 8)  # with black edges
+    return Image.fromarray(pixels[8 + y : 232 + y, 8 + x : 232 + x])
+
+
+LEVELS = np.tile(np.arange(256, dtype=np.uint16) * 16, (256, 1))  # a ramp of 12 bits
+
+
+def write_dicom(path, pixels, syntax=ExplicitVRLittleEndian, encoded=None, **tags):
+    """A radiograph in DICOM; pixels: uint8, uint16 or int16 (H, W); tags: what differs."""
+    meta = pydicom.dataset.FileMetaDataset()
+    meta.MediaStorageSOPClassUID = ComputedRadiographyImageStorage
+    meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    meta.TransferSyntaxUID = syntax
+    file = pydicom.dataset.FileDataset(str(path), {}, file_meta=meta, preamble=bytes(128))
+    bits = 8 * pixels.dtype.itemsize
+    standard = dict(
+        Modality="DX",
+        PatientID="",
+        PhotometricInterpretation="MONOCHROME2",
+        SamplesPerPixel=1,
+        Rows=pixels.shape[-2],
+        Columns=pixels.shape[-1],
+        BitsAllocated=bits,
+        BitsStored=8 if bits == 8 else 12,
+        HighBit=7 if bits == 8 else 11,
+        PixelRepresentation=int(pixels.dtype.kind == "i"),
+    )
+    for name, value in (standard | tags).items():
+        setattr(file, name, value)
+    if "NumberOfFrames" in tags or encoded is not None or pixels.size:
+        file.PixelData = pixels.tobytes() if encoded is None else encoded
+    file.save_as(path, enforce_file_format=True)
+    return path
+
+
+def draw_dicoms(root, patients, table=False):
+    """train/ and test/ of so many patients a class, two films each, their names telling nothing."""
+    rng, rows = np.random.default_rng(0), []
+    for split, start, count in (("train", 0, patients), ("test", 500, patients // 2)):
+        for label, name in enumerate(CLASSES):
+            (root / split / name).mkdir(parents=True)
+            for film in range(2 * count):
+                patient = f"{name[0]}{start + film // 2}"
+                pixels = np.asarray(draw_phantom(rng, bool(label), 100)).astype(np.uint16) * 16
+                path = root / split / name / f"{label}{start + film:06d}.dcm"
+                write_dicom(path, pixels, PatientID="" if table else f"PACS-{patient}")
+                rows.append((path.name, patient, "FM"[film // 2 % 2], start + film))
+    if table:
+        with open(root / "metadata.csv", "w", newline="") as file:
+            csv.writer(file).writerows([("file_name", "patient_id", "sex", "number"), *rows])
+    return {row[0]: row[1] for row in rows}
