@@ -1,5 +1,8 @@
-"""What split_val.py, train.py and evaluate.py share: transforms, images and patients, the frozen
-network and its features, scores, and what every command line needs."""
+"""Transforms, device, the frozen network, and the pass from images to features.
+
+split_val.py, train.py and evaluate.py share this file. Everything else that they share is in the
+package cxr/; its table of contents is in cxr/__init__.py.
+"""
 
 import contextlib
 import copy
@@ -15,7 +18,7 @@ from datetime import timedelta
 from importlib import metadata
 from typing import NamedTuple
 
-import cxr.decode  # first: it says what to do where a package is missing
+import cxr.decode  # before torch, because cxr explains what to do if a package is missing
 
 # isort: split
 import PIL.Image
@@ -36,13 +39,14 @@ from cxr.errors import SHOWN, Failure, is_system_error, progress, rank_and_world
 
 # ---------------------------------------------------------------- transforms
 
-SIZE = 224  # pixels, height and width of what the network sees
+SIZE = 224  # pixels, height and width of the network's input
+LOG_EVERY = 30  # seconds between two lines of progress in a log file
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in [0, 1]
 
-# The whole film: a centre crop would take the apices and the bases off one that is not square.
+# The whole image is resized, because a centre crop could cut off parts of the lungs.
 PREPARE = v2.Resize((SIZE, SIZE))
 
-# Random changes of pose and exposure. Edit it as you like: the cache notices.
+# Random changes of pose and exposure. If you edit them, the features are computed again.
 AUGMENT = v2.Compose(
     [
         v2.RandomHorizontalFlip(),
@@ -56,341 +60,415 @@ AUGMENT = v2.Compose(
     ]
 )
 
-# On the device, a batch at a time: uint8 (N, 1, SIZE, SIZE) to float32 (N, 3, SIZE, SIZE).
-# Where a network's published weights want another mean and deviation, it gets them.
+# On the device, for a whole batch: uint8 (N, 1, SIZE, SIZE) to float32 (N, 3, SIZE, SIZE).
 NORMALIZE = v2.Compose([v2.RGB(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
 
 
-def make_view(image, number, digest):
-    """View `number` of a prepared image (PIL, mode L): itself, its mirror image, from 2 on AUGMENT.
+def load_image(source, window):
+    """Loads an X-ray, resizes it and applies the window. Returns PIL, mode L, SIZE x SIZE.
 
-    AUGMENT is drawn from the image's SHA-256 `digest` and the number, so that a view is the same on
-    every machine, in every run and in any order: that makes its features worth keeping.
+    source: a path, or a file's content as bytes; window: see apply_window. Raises as decode does.
     """
-    if number < 2:
-        return v2.functional.horizontal_flip(image) if number else image
+    return apply_window(PREPARE(decode(source, SIZE).grey), window)
+
+
+def make_view(image, number, sha256):
+    """Returns view `number` of an image (PIL, mode L).
+
+    View 0 is the image, view 1 its mirror image. From view 2 on, AUGMENT changes the image.
+    """
+    if number == 0:
+        return image
+    if number == 1:
+        return v2.functional.horizontal_flip(image)
+    # The seed depends only on the image and the number, so a view is the same in every run.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(digest[:15], 16) + number)
+        torch.manual_seed(int(sha256[:15], 16) + number)  # 60 bits of the hash
         return AUGMENT(image)
 
 
-# ---------------------------------------------------------------- images and patients
+# ---------------------------------------------------------------- device
 
 
-def load_image(source, window):
-    """The radiograph as the network sees it: PIL, mode L, SIZE x SIZE; raises as decode."""
-    return apply_window(PREPARE(decode(source, SIZE).grey), window)
+def pick_device(name):
+    """Returns the torch.device for --device, and the fast dtype of its hardware.
+
+    Raises Failure if the device is missing, or if it was asked for and cannot be used.
+    """
+    is_auto = name == "auto"
+    if is_auto:
+        name = "cpu"
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available():
+            name = "mps"
+    if name == "cuda":
+        # Under torchrun, each process uses another GPU.
+        is_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        name = f"cuda:{os.environ['LOCAL_RANK']}" if is_torchrun else "cuda:0"
+    check_device_exists(name)
+    reason = try_device(name)
+    if reason:
+        if not is_auto:
+            message = f"--device {name}: cannot be used ({reason}); use --device auto or cpu"
+            raise Failure(message, 4)
+        warn(f"{name} cannot be used ({reason}), so the CPU is used")
+        name = "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # otherwise float32 is rounded to 10 bits
+    print(f"Device: {name}")
+    return device, fast_dtype(device)
+
+
+def check_device_exists(name):
+    """Raises Failure if `name` is not cpu, mps or cuda:N, or if there is no such device."""
+    if not re.fullmatch(r"cpu|mps|cuda:\d+", name):
+        raise Failure(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
+    device = torch.device(name)
+    n_mps = int(torch.backends.mps.is_available())
+    counts = {"cpu": 1, "mps": n_mps, "cuda": torch.cuda.device_count()}
+    count = counts[device.type]
+    if (device.index or 0) >= count:
+        raise Failure(f"--device {name}: no such device ({count} found); use --device auto or cpu")
+
+
+def try_device(name):
+    """Runs a small convolution on a device. Returns the error as text, "" if it works."""
+    try:
+        x = torch.ones(1, 1, 4, 4, device=name)
+        nn.functional.conv2d(x, x).cpu()
+    except RuntimeError as error:  # the GPU is too old for this torch, or in use by others
+        return " ".join(str(error).split())[:120]
+    return ""
+
+
+def fast_dtype(device):
+    """Returns bfloat16 if the hardware has it (not on MPS), else float16 on CUDA, else float32."""
+    if device.type == "mps":
+        return torch.float32
+    if device.type == "cuda":
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bfloat16 else torch.float16
+    capabilities = torch.cpu.get_capabilities()
+    has_bfloat16 = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
 # ---------------------------------------------------------------- network
 
 
-def pick_device(name):
-    """(torch.device, fast dtype for training views) for --device; an absent one is a Failure."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if auto := name == "auto":
-        name = "cuda" if cuda else "mps" if mps else "cpu"
-    if name == "cuda":
-        under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-        name += f":{os.environ['LOCAL_RANK'] if under_torchrun else 0}"  # a GPU for each process
-    if not re.fullmatch(r"cpu|mps|cuda:\d+", name):
-        raise Failure(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
-    device = torch.device(name)
-    count = int(mps) if name == "mps" else torch.cuda.device_count() if name != "cpu" else 1
-    if (device.index or 0) >= count:
-        found = f"no such device here ({count} found)"
-        raise Failure(f"--device {name}: {found}; use --device auto or cpu")
-    if error := try_device(name):
-        if not auto:
-            raise Failure(f"--device {name}: cannot be used ({error}); use --device auto or cpu", 4)
-        warn(f"{device.type} cannot be used ({error}): going on with the CPU")
-        name, device = "cpu", torch.device("cpu")
-    dtype = torch.float32
-    if device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = False  # it would round what is scored to 10 bits
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = torch.bfloat16 if bf16 else torch.float16
-    elif device.type == "cpu":
-        native = torch.cpu.get_capabilities()
-        if any(native.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
-            dtype = torch.bfloat16
-    print(f"Device: {name}")
-    return device, dtype
-
-
-def try_device(name):
-    """Why a small convolution fails there, "" where it works: a GPU may be too old, or taken."""
-    try:
-        x = torch.ones(1, 1, 4, 4, device=name)
-        nn.functional.conv2d(x, x).cpu()
-    except RuntimeError as error:
-        return " ".join(str(error).split())[:120]
-    return ""
+OTHER_TASKS = r"models\.(detection|optical|quantiz|segment|video)"  # modules without classifiers
 
 
 class Backbone(NamedTuple):
-    network: nn.Module  # images float32 (N, 3, SIZE, SIZE) to features float32 (N, width), frozen
-    head_name: str  # of the last Linear, which the network does without
-    width: int
-    weight: torch.Tensor | None  # of the last Linear in the checkpoint, None without one
+    """The frozen network without its last Linear layer."""
+
+    network: nn.Module  # images float32 (N, 3, SIZE, SIZE) to features float32 (N, width)
+    head_name: str  # name of the last Linear layer, for example fc
+    width: int  # features of an image
+    weight: torch.Tensor | None  # of the last Linear layer; None if the checkpoint has none
     bias: torch.Tensor | None
-    normalize: v2.Compose  # as its published weights want it
+    normalize: v2.Compose  # with the mean and standard deviation of the published weights
 
 
 def build_backbone(arch, state=None, source=None):
-    """torchvision's classifier `arch`, frozen, without its last Linear.
+    """Builds torchvision's classifier `arch` without its last Linear layer, and freezes it.
 
-    state: {name: tensor} of the whole network, read from `source`; None draws random weights,
-    always the same. Frozen means, here and only here: no gradients, and eval mode, so that
-    BatchNorm neither uses nor updates batch statistics.
+    state: state dict of the whole network, read from the file `source`; None for random weights,
+    which are the same in every run. Raises Failure if arch or state do not fit.
     """
-    module = get_model_builder(arch).__module__ if arch in list_models() else None
-    if not module or re.search(r"models\.(detection|optical|quantiz|segment|video)", module):
-        close = difflib.get_close_matches(arch, list_models(), 3) or ["resnet50", "densenet121"]
-        raise Failure(f"--arch {arch}: no classifier of torchvision; perhaps {', '.join(close)}?")
+    if arch not in list_models() or re.search(OTHER_TASKS, get_model_builder(arch).__module__):
+        similar = difflib.get_close_matches(arch, list_models(), 3) or ["resnet50", "densenet121"]
+        similar = ", ".join(similar)
+        raise Failure(f"--arch {arch}: not a classifier of torchvision; did you mean {similar}?")
+    # The meta device draws no random weights: the state dict replaces them anyway.
     with torch.random.fork_rng(devices=[]), torch.device("meta" if state else "cpu"):
         torch.manual_seed(0)
         network = get_model(arch, weights=None)
-    name, last = list(network.named_modules())[-1]
-    if not isinstance(last, nn.Linear):
-        found = type(last).__name__
-        raise Failure(f"--arch {arch}: expected a network that ends in a Linear, found {found}")
-    network.set_submodule(name, nn.Identity())
+    head_name, head = list(network.named_modules())[-1]
+    if not isinstance(head, nn.Linear):
+        kind = type(head).__name__
+        raise Failure(f"--arch {arch}: its last layer must be a Linear layer, but is {kind}")
+    network.set_submodule(head_name, nn.Identity())
     if hasattr(network, "transform_input"):
-        network.transform_input = True  # from ImageNet's normalisation to these weights' own
+        network.transform_input = True  # googlenet, inception_v3: their weights need it
     weight = bias = None
     if state:
         state = strip_prefix(state, network, source)
-        weight, bias = state.pop(f"{name}.weight", None), state.pop(f"{name}.bias", None)
-        own, parts = network.state_dict(), {part for part, _ in network.named_children()}
-        parts.discard(name.split(".")[0])  # any other head, and what is no part of the network
-        state = {k: v for k, v in state.items() if k in own or k.split(".")[0] in parts}
-        try:
-            network.load_state_dict(state, assign=True)
-        except (RuntimeError, NotImplementedError) as error:
-            reason = " ".join(str(error).split("\n\t", 1)[-1].split())
-            raise Failure(f"{source}: not the weights of a {arch}: {reason:.160}") from None
+        weight = state.pop(f"{head_name}.weight", None)
+        bias = state.pop(f"{head_name}.bias", None)
+        load_backbone_state(network, state, head_name, arch, source)
+    # Frozen: no gradients, BatchNorm never uses batch statistics, and only the head is optimized.
     network.float().eval().requires_grad_(False)
-    return Backbone(network, name, last.in_features, weight, bias, normalize_for(arch))
+    return Backbone(network, head_name, head.in_features, weight, bias, normalize_for(arch))
+
+
+def load_backbone_state(network, state, head_name, arch, source):
+    """Loads a state dict into a network without head. Raises Failure if it does not fit."""
+    # Another head, and parts that the network does not have, are ignored.
+    own_names = network.state_dict()
+    parts = {name for name, _ in network.named_children()} - {head_name.split(".")[0]}
+    state = {k: v for k, v in state.items() if k in own_names or k.split(".")[0] in parts}
+    try:
+        network.load_state_dict(state, assign=True)
+    except (RuntimeError, NotImplementedError) as error:
+        reason = " ".join(str(error).split("\n\t", 1)[-1].split())
+        raise Failure(f"{source}: not the weights of {arch}: {reason:.160}") from None
 
 
 def normalize_for(arch):
-    """NORMALIZE with the mean and deviation that the published weights of `arch` want."""
+    """Returns NORMALIZE with the mean and standard deviation of the published weights of `arch`."""
     try:
         preset = get_model_weights(arch).DEFAULT.transforms()
-        if (*preset.mean, *preset.std) == (*MEAN, *STD):
-            return NORMALIZE
-        return v2.Compose([*NORMALIZE.transforms[:-1], v2.Normalize(preset.mean, preset.std)])
-    except (ValueError, AttributeError):  # there are none
+        mean, std = tuple(preset.mean), tuple(preset.std)
+    except (ValueError, AttributeError):  # there are no published weights
         return NORMALIZE
+    if (mean, std) == (MEAN, STD):
+        return NORMALIZE
+    return v2.Compose([*NORMALIZE.transforms[:-1], v2.Normalize(preset.mean, preset.std)])
+
+
+def prepare_network(network, device, dtype, compiled):
+    """Returns a fast copy of the network: BatchNorm folded into the convolutions, channels_last."""
+    with contextlib.suppress(Exception):  # a network that fx cannot trace keeps its BatchNorm
+        network = fuse(network)
+    network = copy.deepcopy(network).to(device, dtype, memory_format=torch.channels_last)
+    if compiled:
+        network = torch.compile(network, options={"freezing": True})
+    return network
 
 
 # ---------------------------------------------------------------- features
 
 
 class Views(Dataset):
-    """Item i: (i, uint8 (n_views, 1, SIZE, SIZE), ""), image i in its first views, decoded once.
+    """The first views of images: item i is (i, uint8 (n_views, 1, SIZE, SIZE), reason).
 
-    An image that cannot be read comes as (i, zeros, the reason).
+    reason: why image i cannot be read (then all its pixels are 0), "" if it can.
     """
 
-    def __init__(self, images, n_views, window):
-        self.images, self.n_views, self.window = images, n_views, window
+    def __init__(self, xrays, n_views, window):
+        self.xrays, self.n_views, self.window = xrays, n_views, window
 
     def __len__(self):
-        return len(self.images)
+        return len(self.xrays)
 
     def __getitem__(self, i):
-        path, digest = self.images[i].path, self.images[i].sha256
+        xray = self.xrays[i]
         try:
-            content = path.read_bytes()
-            if hashlib.sha256(content).hexdigest() != digest:
+            content = xray.path.read_bytes()
+            if hashlib.sha256(content).hexdigest() != xray.sha256:
                 raise ValueError("its content changed during this run")
             image = load_image(content, self.window)
-            views = (make_view(image, n, digest) for n in range(self.n_views))
+            views = [make_view(image, number, xray.sha256) for number in range(self.n_views)]
             return i, torch.stack([v2.functional.pil_to_tensor(view) for view in views]), ""
         except Exception as error:  # damaged files make decoders raise nearly anything
             if is_system_error(error):
                 raise
             zeros = torch.zeros(self.n_views, 1, SIZE, SIZE, dtype=torch.uint8)
-            return i, zeros, explain_unreadable(path, error)
+            return i, zeros, explain_unreadable(xray.path, error)
+
+
+def extract_features(backbone, xrays, args, *, n_views, window, device, dtype, compiled=False):
+    """Computes the features of the first views of each image, or loads them from the cache.
+
+    Returns (features float32 (N, n_views, width) on the CPU, the N readable Xrays, {path: reason}
+    of the unreadable ones). Without --skip-bad, raises Failure if an image is unreadable.
+    """
+    rank, world = rank_and_world()
+    cache = None
+    if not args.no_cache:
+        cache = Cache(args.cache_dir, cache_key(backbone, window, dtype, compiled))
+    elif world > 1:
+        raise Failure("--no-cache: the processes of torchrun need the cache; leave --no-cache out")
+    features = torch.zeros(len(xrays), n_views, backbone.width)
+
+    def compute(rows):
+        """Fills features[rows]. Returns {path: reason} of unreadable images."""
+        missing = cache.load(features, xrays, rows) if cache else rows
+        views = Views([xrays[row] for row in missing], n_views, window)
+        unreadable = {}
+        for i, vectors, reason in run_network(backbone, views, args, device, dtype, compiled):
+            xray = views.xrays[i]
+            if reason:
+                unreadable[xray.path] = reason
+                continue
+            features[missing[i]] = vectors
+            if cache:
+                cache.save(xray, vectors)
+        return unreadable
+
+    # Each process of torchrun computes its share into the cache. Rank 0 then loads all of it.
+    unreadable = compute(range(rank, len(xrays), world))
+    if world > 1:
+        wait_for_all_ranks()
+        unreadable = compute(range(len(xrays))) if rank == 0 else {}
+    report_unreadable(unreadable, xrays, args.skip_bad)
+    if not unreadable:
+        return features, xrays, unreadable
+    kept = [row for row, xray in enumerate(xrays) if xray.path not in unreadable]
+    return features[kept], [xrays[row] for row in kept], unreadable
 
 
 def cache_key(backbone, window, dtype, compiled):
-    """What the features of an image depend on, apart from the image, as a hash."""
+    """Returns a hash of all that the features of an image depend on, except the image."""
     digest = hashlib.sha256()
     for name, tensor in backbone.network.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.contiguous().reshape(-1).numpy().data)
-    depends_on = [backbone.network, PREPARE, AUGMENT, backbone.normalize]
-    depends_on += [getattr(backbone.network, "transform_input", False), window, dtype, compiled]
-    depends_on += map(inspect.getsource, (cxr.decode, load_image, make_view))
+    transform_input = getattr(backbone.network, "transform_input", False)
+    depends_on = [backbone.network, PREPARE, AUGMENT, backbone.normalize, transform_input]
+    depends_on += [window, dtype, compiled]
+    depends_on += [inspect.getsource(code) for code in (cxr.decode, load_image, make_view)]
     depends_on += [torchvision.__version__, PIL.__version__, metadata.version("pydicom")]
     digest.update("\n".join(map(str, depends_on)).encode())
-    probe = PIL.Image.radial_gradient("L").resize((SIZE, SIZE))
-    for number in range(8):  # what AUGMENT does may not show in its name
-        digest.update(make_view(probe, number, "0" * 64).tobytes())
+    # The text of AUGMENT does not show everything, for example the body of a lambda.
+    test_image = PIL.Image.radial_gradient("L").resize((SIZE, SIZE))
+    for number in range(8):
+        digest.update(make_view(test_image, number, "0" * 64).tobytes())
     return digest.hexdigest()[:24]
 
 
-def extract_features(backbone, images, n_views, window, device, dtype, args, compiled=False):
-    """The first n_views views of each image through the frozen network, computed in `dtype`.
-
-    Returns (features float32 (N, n_views, width) on the CPU, {row: reason} of unreadable images).
-    What is in the cache is not computed again. Under torchrun each rank computes a share into the
-    cache; rank 0 goes on with what all of them wrote, and the others end.
-    """
-    rank, world = rank_and_world()
-    if args.no_cache and world > 1:
-        raise Failure("--no-cache: torchrun's processes share --cache-dir; leave --no-cache out")
-    cache = None
-    if not args.no_cache:
-        cache = Cache(args.cache_dir, cache_key(backbone, window, dtype, compiled))
-    features = torch.zeros(len(images), n_views, backbone.width)
-
-    def compute(rows):
-        if cache:
-            rows = cache.fill(features, images, rows)
-        views = Views([images[row] for row in rows], n_views, window)
-        return run_network(backbone, views, rows, features, cache, device, dtype, args, compiled)
-
-    bad = compute(range(rank, len(images), world))
-    if world > 1:
-        wait_for_all_ranks()
-        bad = {} if rank else compute(range(len(images)))  # left is what no rank could read
-    return features, bad
-
-
 @torch.inference_mode()
-def run_network(backbone, views, rows, features, cache, device, dtype, args, compiled):
-    """Fills features[rows] with what the network makes of `views`; returns {row: why unreadable}.
+def run_network(backbone, views, args, device, dtype, compiled):
+    """Yields (i, features float32 (n_views, width), reason) for each item of `views`.
 
-    Every batch has one shape, the last one is filled up with black pictures: a vector then does not
-    depend on how many others came with it.
+    reason: why the image could not be read, "" if it could.
     """
-    bad, start = {}, time.perf_counter()
-    if not rows:
-        return bad
-    # 16 is the fastest on the CPUs measured
-    batch_size = min(args.batch_size, 16) if device.type == "cpu" else args.batch_size
-    workers = count_workers(args.workers, len(rows), device)
+    if len(views) == 0:
+        return
+    batch_size = args.batch_size
+    if device.type == "cpu":
+        batch_size = min(batch_size, 16)  # the fastest on the CPUs that were measured
+    total = len(views) * views.n_views
+    pass_progress = PassProgress(total)
+    try:
+        network = prepare_network(backbone.network, device, dtype, compiled)
+        for indexes, pixels, reasons in start_loader(views, batch_size, args.workers, device):
+            vectors = []
+            for batch in pixels.flatten(0, 1).split(batch_size):
+                # All batches have one shape, so that the features of an image do not depend on it.
+                padding = batch.new_zeros(batch_size - len(batch), *batch.shape[1:])
+                inputs = torch.cat([batch, padding])
+                inputs = inputs.to(device, non_blocking=device.type == "cuda")
+                inputs = backbone.normalize(inputs).to(dtype, memory_format=torch.channels_last)
+                vectors.append(network(inputs).float().cpu()[: len(batch)])
+            vectors = torch.cat(vectors).unflatten(0, pixels.shape[:2])
+            if not vectors.isfinite().all():
+                message = f"the output of the network is not finite in {dtype}; use --device cpu"
+                raise Failure(message, 3)
+            yield from zip(indexes.tolist(), vectors, reasons, strict=True)
+            pass_progress.update(vectors.shape[:2].numel())
+    except RuntimeError as error:  # memory, a dead or hung worker, an operator the device lacks
+        reason = " ".join(str(error).split())[:200]
+        advice = "use a smaller --batch-size, --workers 0 or --device cpu"
+        raise Failure(f"computing features failed ({reason}); {advice}", 4) from error
+    finally:
+        pass_progress.bar.close()
+    seconds = time.perf_counter() - pass_progress.start
+    speed = f"{total / seconds:.0f} views per second ({str(dtype).removeprefix('torch.')})"
+    progress(f"Features: computed {len(views)} images, {total} views in {seconds:.1f} s, {speed}")
+
+
+def start_loader(views, batch_size, workers, device):
+    """Starts the worker processes. Returns an iterator over batches of images with all views.
+
+    Raises Failure if the processes cannot start.
+    """
+    n_workers = count_workers(workers, len(views), device)
     loader = DataLoader(
         views,
         batch_size=max(1, batch_size // views.n_views),
         pin_memory=device.type == "cuda",
-        num_workers=workers,
+        num_workers=n_workers,
         worker_init_fn=leave_ctrl_c_to_main,
-        timeout=120 if workers else 0,  # seconds until one that hangs is given up
-        prefetch_factor=4 if workers else None,
+        timeout=120 if n_workers else 0,  # seconds after which a hanging worker is an error
+        prefetch_factor=4 if n_workers else None,
     )
-    bar = tqdm(total=len(rows) * views.n_views, unit=" views", disable=None)  # on a terminal only
-    done, told = 0, start
-    try:
-        network = prepare_network(backbone.network, device, dtype, compiled)
-        for indexes, pictures, reasons in start_workers(loader):
-            vectors = []
-            for batch in pictures.flatten(0, 1).split(batch_size):
-                filling = batch.new_zeros(batch_size - len(batch), *batch.shape[1:])
-                pixels = torch.cat([batch, filling]).to(device, non_blocking=loader.pin_memory)
-                pixels = backbone.normalize(pixels).to(dtype, memory_format=torch.channels_last)
-                vectors.append(network(pixels).float().cpu()[: len(batch)])
-            vectors = torch.cat(vectors).unflatten(0, pictures.shape[:2])
-            if not vectors.isfinite().all():
-                raise Failure(f"the network's output is not finite in {dtype}; use --device cpu", 3)
-            for index, vector, reason in zip(indexes.tolist(), vectors, reasons, strict=True):
-                row = rows[index]
-                features[row] = vector
-                if reason:
-                    bad[row] = reason
-                elif cache:
-                    cache.save(views.images[index], vector)
-            bar.update(count := vectors.shape[:2].numel())
-            done += count
-            if bar.disable and time.perf_counter() > told + LOG_EVERY:
-                told = time.perf_counter()
-                left = (told - start) * (bar.total - done) / done
-                progress(f"Features: {done} of {bar.total} views, {left:.0f} s left")
-    except RuntimeError as error:  # memory, a dead or hung worker, an operator the device lacks
-        reason = " ".join(str(error).split())[:200]
-        remedy = "try a smaller --batch-size, --workers 0 or --device cpu"
-        raise Failure(f"computing features failed ({reason}); {remedy}", 4) from error
-    finally:
-        bar.close()
-    seconds, count = time.perf_counter() - start, len(rows) * views.n_views
-    precision = str(dtype).removeprefix("torch.")
-    speed = f"{count} views in {seconds:.1f} s, {count / seconds:.0f} a second ({precision})"
-    progress(f"Features: {len(rows)} images computed, {speed}")
-    return bad
-
-
-def start_workers(loader):
-    """iter(loader), with a Failure where the system has no processes, semaphores or memory left."""
     try:
         return iter(loader)
-    except OSError as error:
-        failed = f"the processes that decode images cannot start ({error})"
-        raise Failure(f"{failed}; use --workers 0", 4) from error
-
-
-def prepare_network(network, device, dtype, compiled):
-    """A copy for the pass: in `dtype`, channels_last, BatchNorm folded into the convolutions."""
-    with contextlib.suppress(Exception):  # what fx cannot trace keeps its BatchNorm
-        network = fuse(network)
-    network = copy.deepcopy(network).to(device, dtype, memory_format=torch.channels_last)
-    return torch.compile(network, options={"freezing": True}) if compiled else network
+    except OSError as error:  # no processes, semaphores or memory left
+        message = f"the processes that decode images cannot start ({error}); use --workers 0"
+        raise Failure(message, 4) from error
 
 
 def count_workers(workers, n_images, device):
-    """Processes that decode, for --workers. Few images are decoded sooner than processes start.
-
-    Where the network needs both of two cores, they get in its way: 9.7 ms a view, without 8.9.
-    """
+    """Returns the number of worker processes for --workers; -1 means that it is chosen here."""
     if workers >= 0:
         return workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(8, cores) if n_images >= 200 and (device.type != "cpu" or cores > 2) else 0
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))  # those that this process may use
+    # Few images are decoded sooner than processes start. On two CPU cores, workers slow the
+    # network down: 9.7 ms per view with workers, 8.9 ms without (measured).
+    if n_images < 200 or (device.type == "cpu" and cores <= 2):
+        return 0
+    return min(8, cores)
 
 
 def leave_ctrl_c_to_main(_):
-    """In a worker: the main process alone answers Ctrl-C, ends its workers, and speaks."""
+    """Makes a worker ignore Ctrl-C, because the main process ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stderr = open(os.devnull, "w")  # a thread of multiprocessing would print a traceback
 
 
+class PassProgress:
+    """Shows a pass as a bar on a terminal, otherwise as a line every LOG_EVERY seconds."""
+
+    def __init__(self, total):
+        self.bar = tqdm(total=total, unit=" views", disable=None)  # None: only on a terminal
+        self.done = 0
+        self.start = self.last_line = time.perf_counter()
+
+    def update(self, count):
+        """Adds finished views."""
+        self.bar.update(count)
+        self.done += count
+        now = time.perf_counter()
+        if self.bar.disable and now > self.last_line + LOG_EVERY:
+            self.last_line = now
+            seconds_left = (now - self.start) * (self.bar.total - self.done) / self.done
+            done = f"{self.done} of {self.bar.total} views"
+            progress(f"Features: {done}, about {seconds_left:.0f} s left")
+
+
 def wait_for_all_ranks():
-    """Returns when every rank has computed its share."""
+    """Waits until all processes of torchrun have computed their share."""
     try:
         if not dist.is_initialized():
-            # days: one rank may have much more to do
+            # The timeout is long because one rank may have much more to do than the others.
             dist.init_process_group("gloo", timeout=timedelta(days=7))
         dist.barrier()
     except RuntimeError as error:
-        reason = f"another process failed ({error})"
-        raise Failure(f"{reason}; what was computed is kept, run it again", 4) from None
+        message = f"another process failed ({error}); run it again: finished features are kept"
+        raise Failure(message, 4) from None
 
 
 def end_other_ranks():
-    """Rank 0 goes on alone: what is left to do takes a second."""
-    if rank_and_world()[0]:
+    """Ends this process of torchrun unless it is rank 0, which does the rest alone."""
+    if rank_and_world()[0] > 0:
         raise SystemExit(0)
 
 
-LOG_EVERY = 30  # seconds between two lines on the pass in a log file
+def report_unreadable(unreadable, xrays, skip_bad):
+    """Names the images that could not be read. Without --skip-bad, raises Failure.
 
-
-def drop_unreadable(images, bad, skip_bad):
-    """The rows to keep, after naming unreadable images; without skip_bad one is a Failure."""
-    lines = [f"{images[row].path}: {reason}" for row, reason in sorted(bad.items())]
-    if lines and not skip_bad:
-        for line in lines[1:SHOWN]:
+    unreadable: {path: reason}; xrays: all images of the pass.
+    """
+    lines = [f"{x.path}: {unreadable[x.path]}" for x in xrays if x.path in unreadable]
+    if not lines:
+        return
+    has_label = xrays[0].label is not None  # otherwise it is not in the data folder
+    advice = "; split_val.py --check lists all" if has_label else ""
+    if not skip_bad:
+        for line in lines[1:SHOWN]:  # the Failure names the first one
             print(line, file=sys.stderr)
-        check = "" if images[0].label is None else "; split_val.py --check lists all"
-        more = f" (and {len(lines) - 1} more{check})" if lines[1:] else ""
-        raise Failure(
-            f"{lines[0]}{more}; repair or remove it, or leave such images out with --skip-bad"
-        )
+        message = lines[0]
+        if len(lines) > 1:
+            message += f" (and {len(lines) - 1} more{advice})"
+        raise Failure(f"{message}; repair or remove it, or leave such images out with --skip-bad")
     for line in lines[:SHOWN]:
         warn(f"left out: {line}")
-    if lines[SHOWN:]:
-        warn(f"left out: {len(lines)} images in all; split_val.py --check lists them")
-    return [row for row in range(len(images)) if row not in bad]
+    if len(lines) > SHOWN:
+        warn(f"left out: {len(lines)} images in all{advice}")

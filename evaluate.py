@@ -1,412 +1,599 @@
-"""Scores the saved network on DIR/test, or classifies any images.
+"""Scores the saved network on the test images, or classifies new images.
 
-Reads model.pth and model.json. Writes report.html, predictions.csv, metrics.json and six pictures
-into results/, with 95 % intervals. New images get new_predictions.csv. With --from it needs neither
-images nor network, only an earlier predictions.csv, and prints.
+Reads model.pth and model.json. Writes report.html, metrics.json, predictions.csv and six pictures
+into results/; the scores have 95 % intervals. For new images it writes new_predictions.csv. With
+--from it scores an earlier predictions.csv again, without images.
 
     python evaluate.py
     python evaluate.py scan.png folder/ --cam maps/
-    python evaluate.py --from results/predictions.csv --threshold 0.7 --compare other/results.csv
+    python evaluate.py --from results/predictions.csv --threshold 0.7
+    python evaluate.py --compare other/predictions.csv
 """
 
 import argparse
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import common  # first: it says what to do where a package is missing
+import common  # before torch: it imports cxr, which reports missing packages
 
 # isort: split
+import pandas as pd
 import torch
 from torch import nn
 
 from cxr.bootstrap import DRAWS, INTERVALS
 from cxr.checkpoint import read_state_dict
-from cxr.cli import FLAGS, RUN_FLAGS, Parser, add_flags, number, run
-from cxr.compare import compare
+from cxr.cli import FLAGS, Parser, add_flags, add_network_flags, number, run
+from cxr.compare import compare, match_predictions
 from cxr.errors import Failure, warn
 from cxr.files import check_writable, hash_file, read_json, versions, write_json
-from cxr.folders import CLASSES, image_suffixes, list_images
+from cxr.folders import CLASSES, SPLITS, image_suffixes, list_images
 from cxr.leaks import leak_warnings, list_training_xrays
 from cxr.maps import class_maps, write_overlays
 from cxr.novelty import measure_novelty, novelty_warnings
-from cxr.page import NOT_ASSESSED, PICTURES, print_report, write_page
+from cxr.page import PICTURES, print_report, write_page
 from cxr.patients import Xray, patient_from_name, read_metadata, read_split
 from cxr.plots import draw_pictures, draw_worst
 from cxr.predictions import (
     COLUMNS,
-    Table,
-    count_left_out,
-    count_patients,
+    as_arrays,
+    drop_unreadable,
+    predicted_classes,
     read_predictions,
     write_predictions,
 )
 from cxr.proportions import PREVALENCES, PROPORTIONS, predictive_values
-from cxr.scores import below_chance, measure_calibration, measure_scores, measure_subgroups
-from cxr.shortcuts import single_number_baselines
+from cxr.scores import (
+    below_chance,
+    count_outcomes,
+    measure_calibration,
+    measure_scores,
+    measure_subgroups,
+    score,
+)
 
 PACKAGES = ("torch", "torchvision", "torchmetrics", "scipy", "scikit-learn", "numpy", "pillow")
+NOT_ASSESSED = ("age", "sex", "device")  # subgroups that a reader expects; see metadata.csv
 
-# ---------------------------------------------------------------- the network and its predictions
+# ---------------------------------------------------------------- the model
 
 
 class Model(NamedTuple):
+    """A trained network."""
+
     backbone: common.Backbone
     device: torch.device
     head: nn.Linear  # the one output neuron
-    info: dict  # what model.json says, as far as it can be trusted
+    info: dict  # the content of model.json, as far as it belongs to the network
     warnings: list
 
 
 def load_model(path, device_name, arch=None):
-    """The Model in a checkpoint of train.py, or in any state dict of a network with one output.
+    """Loads a checkpoint of train.py, or the state dict of any network with one output.
 
-    arch: the network of such a state dict, None for what model.json says, or a resnet50.
+    arch: of a state dict without model.json (None = resnet50). Raises Failure if it does not fit.
     """
-    state, about = read_state_dict(path), path.with_suffix(".json")
-    info, doubts = read_json(about), []
-    if info is None:
-        info = {"arch": arch or "resnet50"}
-        taken = f"taken for a {info['arch']} (--arch), threshold 0.5, no window"
-        doubts.append(f"no {about} beside {path.name}: {taken}")
-    elif "arch" not in info:
-        raise Failure(f"{about}: not about a model; restore or delete it")
-    elif info.get("sha256") != hash_file(path):
-        info = {key: info[key] for key in ("arch", "window") if key in info}
-        differs = "(its SHA-256 differs): only its arch and window are used"
-        doubts.append(f"{about} DOES NOT BELONG to this {path.name} {differs}")
-    if arch not in (None, info["arch"]):
-        raise Failure(f"--arch {arch}: {about} says {info['arch']}; leave --arch out")
+    state = read_state_dict(path)
+    info, warnings = read_model_info(path, arch)
     try:
         backbone = common.build_backbone(info["arch"], state, path)
     except Failure as error:
-        raise Failure("; ".join([str(error), *doubts])) from None
-    weight, bias = backbone.weight, backbone.bias
-    if weight is None or bias is None or weight.shape != (1, backbone.width) or bias.shape != (1,):
-        found = "none" if weight is None else f"{len(weight)} of {tuple(weight.shape[1:])}"
-        expected = f"expected one output neuron of {backbone.width} inputs in {backbone.head_name}"
-        remedy = f"train.py --weights {path} trains a new one on this network"
-        raise Failure(f"{path}: {expected}, found {found}; {remedy}")
-    head = nn.Linear(backbone.width, 1).requires_grad_(False)
+        # A missing or foreign model.json may be the cause.
+        raise Failure("; ".join([str(error), *warnings])) from None
+    head = build_head(backbone, path)
+    warnings += transform_warnings(backbone, info, path)
+    device, _ = common.pick_device(device_name)
+    return Model(backbone, device, head, info, warnings)
+
+
+def read_model_info(path, arch):
+    """Reads the model.json beside a checkpoint. Returns (its content, warnings)."""
+    info_file = path.with_suffix(".json")
+    info, warnings = read_json(info_file), []
+    if info is None:
+        info = {"arch": arch or "resnet50"}
+        warnings.append(
+            f"there is no {info_file} beside {path.name}: the network is read as a {info['arch']} "
+            "(--arch), with threshold 0.5 and grey levels unchanged"
+        )
+    elif "arch" not in info:
+        raise Failure(f"{info_file}: does not describe a model; restore it or delete it")
+    elif info.get("sha256") != hash_file(path):
+        # The threshold and the novelty limit of another checkpoint would be wrong.
+        info = {key: info[key] for key in ("arch", "window") if key in info}
+        warnings.append(
+            f"{info_file} DOES NOT BELONG to {path.name} (its SHA-256 is different): only its arch "
+            "and window are used"
+        )
+    if arch not in (None, info["arch"]):
+        raise Failure(f"--arch {arch}: {info_file} says {info['arch']}; leave --arch out")
+    return info, warnings
+
+
+def build_head(backbone, path):
+    """Returns the output neuron of a checkpoint. Raises Failure if there is not exactly one."""
+    weight, bias, width = backbone.weight, backbone.bias, backbone.width
+    shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (weight, bias)]
+    if shapes != [(1, width), (1,)]:
+        raise Failure(
+            f"{path}: expected one output neuron with {width} inputs in {backbone.head_name}, "
+            f"found weight and bias {shapes}; train.py --weights {path} trains a new one on this "
+            "network"
+        )
+    head = nn.Linear(width, 1).requires_grad_(False)
     head.weight.copy_(weight)
     head.bias.copy_(bias)
-    here, there = [str(common.PREPARE), str(backbone.normalize)], info.get("transforms")
-    if there and here != [there[0], there[-1]]:
-        doubts.append(
-            f"the transforms of common.py are not those that {path.name} was trained with "
-            f"({', '.join({*here} - {*there})}): its probabilities do not hold"
-        )
-    device, _ = common.pick_device(device_name)
-    return Model(backbone, device, head, info, doubts)
+    return head
+
+
+def transform_warnings(backbone, info, path):
+    """Returns a warning if the transforms of common.py are not those of the training."""
+    if not info.get("transforms"):
+        return []
+    prepare, *_, normalize = info["transforms"]  # augmentation is for training only
+    now = [str(common.PREPARE), str(backbone.normalize)]
+    if now == [prepare, normalize]:
+        return []
+    changed = ", ".join(text for text in now if text not in (prepare, normalize))
+    text = f"{path.name} was trained with other transforms than those in common.py"
+    return [f"{text} ({changed}): its probabilities are wrong"]
 
 
 def describe_model(path, info):
-    """What metrics.json says about the model; info: what model.json says."""
-    keys = "weights date epoch seed val_loss val_accuracy slope intercept window threshold_rule"
-    about = {"file": str(path), "sha256": hash_file(path), "arch": info["arch"]}
-    about |= {key: info.get(key) for key in (*keys.split(), "at_threshold")}
-    images = {split: len(found) for split, found in info.get("images", {}).items()}
-    return about | {"images": images, "skipped": info.get("skipped", [])}
+    """Returns what metrics.json says about the model. info: the content of model.json."""
+    keys = ("weights", "date", "epoch", "seed", "val_loss", "val_accuracy", "slope", "intercept")
+    keys += ("window", "threshold_rule", "at_threshold")
+    result = {"file": str(path), "sha256": hash_file(path), "arch": info["arch"]}
+    result |= {key: info.get(key) for key in keys}
+    result["images"] = {split: len(images) for split, images in info.get("images", {}).items()}
+    return result | {"skipped": info.get("skipped", [])}
 
 
 def choose_threshold(args, info, source):
-    """{threshold, threshold_from}: --threshold, or the one of `info`, which is from `source`."""
+    """Chooses the threshold: --threshold, else that of `info`, else 0.5.
+
+    info: the content of the file `source`. Returns (threshold, where it comes from, in words).
+    """
     if args.threshold is not None:
-        return {"threshold": args.threshold, "threshold_from": "--threshold"}
+        return args.threshold, "--threshold"
     if "threshold" not in info:
-        return {"threshold": 0.5, "threshold_from": "the default"}
+        return 0.5, "the default"
+    if "threshold_from" in info:  # source is a metrics.json
+        return info["threshold"], info["threshold_from"]
     rule = info.get("threshold_rule", "fixed")
-    chosen = "fixed in advance" if rule == "fixed" else f"{rule} on val"
-    return {
-        "threshold": info["threshold"],
-        "threshold_from": info.get("threshold_from", f"{source}, {chosen}"),
-    }
+    how = "fixed in advance" if rule == "fixed" else f"{rule} on val"
+    return info["threshold"], f"{source}, {how}"
 
 
-def predict(model, images, names, args):
-    """(the Table of the images, {row: reason} of unreadable ones, what metrics.json says on unlike
-    images), in float32 on every device."""
-    window = model.info.get("window", 0)
-    data = images, 1, window, model.device, torch.float32, args
-    features, bad = common.extract_features(model.backbone, *data)
-    features = features[:, 0]
-    probs = model.head(features).squeeze(1).sigmoid()
-    probs[list(bad)] = math.nan
-    if probs.isfinite().sum() != len(images) - len(bad):
-        raise Failure(f"{args.checkpoint}: gives scores that are not finite; train again", 3)
-    unlike, group = torch.full_like(probs, math.nan), None
-    good = [row for row in range(len(images)) if row not in bad]
-    files = [name.as_posix().encode(errors="backslashreplace").decode() for name in names]
-    if good and "features" in model.info:
-        unlike[good], group = measure_novelty(features[good], model.info["features"])
-        far = [row for row in unlike.nan_to_num().argsort(descending=True) if unlike[row] > 1]
-        group["files"] = [files[row] for row in far]
-    table = Table(
-        files=files,
-        labels=[image.label for image in images],
-        probs=probs.numpy(),
-        errors=[bad.get(row, "") for row in range(len(images))],
-        unlike=unlike.numpy(),
-        patients=[image.patient for image in images],
-        about=[{k: v for k, v in (i.metadata or {}).items() if k not in COLUMNS} for i in images],
+# ---------------------------------------------------------------- predictions
+
+
+def predict(model, xrays, names, args):
+    """Predicts images, in float32 on every device.
+
+    names: of the images in the table. Unreadable images have a row with their error.
+    Returns (predictions, a DataFrame as in cxr/predictions.py; novelty of the group or None).
+    """
+    options = {"n_views": 1, "window": model.info.get("window", 0), "device": model.device}
+    features, _, unreadable = common.extract_features(
+        model.backbone, xrays, args, dtype=torch.float32, **options
     )
-    return table, bad, group
+    features = features[:, 0]  # of the only view, the image as it is
+    probs = model.head(features).squeeze(1).sigmoid()
+    if not probs.isfinite().all():
+        raise Failure(f"{args.checkpoint}: gives probabilities that are not finite; train again", 3)
+    columns = {
+        "file": names,
+        "label": [xray.label for xray in xrays],
+        "probability": math.nan,
+        "error": [unreadable.get(xray.path, "") for xray in xrays],
+        "unlike": math.nan,
+        "patient": [xray.patient or "" for xray in xrays],
+    }
+    predictions = pd.DataFrame(columns).astype({"probability": "float32", "unlike": "float32"})
+    is_readable = predictions["error"] == ""
+    predictions.loc[is_readable, "probability"] = probs.numpy()
+    novelty = None
+    if is_readable.any() and "features" in model.info:
+        values, novelty = measure_novelty(features, model.info["features"])
+        predictions.loc[is_readable, "unlike"] = values.numpy()
+        farthest_first = predictions.sort_values("unlike", ascending=False, kind="stable")
+        novelty["files"] = farthest_first["file"][farthest_first["unlike"] > 1].tolist()
+    metadata = pd.DataFrame([xray.metadata or {} for xray in xrays])
+    metadata = metadata.drop(columns=list(COLUMNS), errors="ignore").fillna("")
+    return predictions.join(metadata), novelty
 
 
-# ---------------------------------------------------------------- a split, new images, a table
+def printable(path):
+    """Returns a path as text; characters that UTF-8 cannot encode are written as escapes."""
+    return Path(path).as_posix().encode(errors="backslashreplace").decode()
 
 
-def summarise(report, table, args):
-    """The report with every number of a table of predictions."""
-    readable, threshold = table.readable(), report["threshold"]
-    metrics, counts = measure_scores(readable, threshold, args.seed)
-    names = [patient_from_name(Path(file).name) or "" for file in readable.files]
-    groups = measure_subgroups(readable, names, threshold, args.seed)
-    drawn = {name: each for name, each in metrics.items() if name not in PROPORTIONS}
-    about = {"proportions": ", ".join(PROPORTIONS), "draws": DRAWS, "seed": args.seed}
-    return report | {
-        "n": len(readable.files),
-        "patients": len(set(readable.clusters())),
-        "patients_by_class": count_patients(readable),
-        "names_without_patient": readable.patients.count(None),
-        "unreadable": len(table.files) - len(readable.files),
+def readable_views(model, xrays, predictions):
+    """Returns the views of the images that could be read, one for each image."""
+    pairs = zip(xrays, predictions["error"], strict=True)
+    readable = [xray for xray, error in pairs if not error]
+    return common.Views(readable, 1, model.info.get("window", 0))
+
+
+def read_other(args, files):
+    """Reads the table of --compare before the work, to find a wrong file at once; None without it.
+
+    files: names of the images that will be scored.
+    """
+    if not args.compare:
+        return None
+    other = drop_unreadable(read_predictions(args.compare))
+    unknown = sorted(set(other["file"]) - set(files))
+    if unknown:
+        raise Failure(
+            f"{args.compare}: expected predictions for the same {len(files)} images; it also "
+            f"has {len(unknown)} others, for example {unknown[0]}"
+        )
+    return other
+
+
+# ---------------------------------------------------------------- the report
+
+
+def summarise(predictions, origin, other, args):
+    """Returns the whole content of metrics.json as a dict.
+
+    predictions: all images, with the unreadable ones; origin: the part of the content that is known
+    before the scores (see describe_origin); other: the table of --compare, or None.
+    """
+    readable = drop_unreadable(predictions)
+    _, labels, patients = as_arrays(readable)
+    model, threshold = origin["model"] or {}, origin["threshold"]
+    metrics = measure_scores(readable, threshold, args.seed)
+    names = [patient_from_name(Path(file).name) or "" for file in readable["file"]]
+    subgroups = measure_subgroups(readable, names, threshold, args.seed)
+    assessed = {key.partition(" ")[0] for key in subgroups}  # a key is "column value, score"
+    warnings = origin["warnings"] + novelty_warnings(origin["unlike"])
+    warnings += below_chance(metrics["auroc"])
+    return {
+        **origin,
+        "warnings": list(dict.fromkeys(warnings)),  # each once
+        "n": len(readable),
+        "patients": len(set(patients)),
+        "patients_by_class": {
+            name: len(set(patients[labels == label])) for label, name in enumerate(CLASSES)
+        },
+        "names_without_patient": int((readable["patient"] == "").sum()),
+        "unreadable": len(predictions) - len(readable),
         "positive": CLASSES[1],
-        "counts": counts,
+        "counts": count_outcomes(readable, threshold),
         "metrics": metrics,
-        "intervals": INTERVALS.format(**about),
-        "without_spread": [k for k, v in drawn.items() if k != "ece" and v["low"] is None],
-        "subgroups": groups,
+        "intervals": INTERVALS.format(
+            proportions=", ".join(PROPORTIONS), draws=DRAWS, seed=args.seed
+        ),
+        "without_spread": list_without_interval(metrics),
+        "subgroups": subgroups,
         "elsewhere": predictive_values(metrics, (*PREVALENCES, *args.prevalence)),
-        "left_out": count_left_out(table, report["model"] or {}),
-        "not_assessed": [n for n in NOT_ASSESSED if not any(g.startswith(f"{n} ") for g in groups)],
-        "calibration": measure_calibration(readable, report["model"] or {}),
-        "warnings": list(dict.fromkeys(report["warnings"] + below_chance(metrics["auroc"]))),
-        "comparison": compare_with(args, readable, threshold) if args.compare else None,
+        "left_out": count_left_out(predictions, model),
+        "not_assessed": [name for name in NOT_ASSESSED if name not in assessed],
+        "calibration": measure_calibration(readable, model),
+        "comparison": compare_with_other(readable, threshold, other, args),
         "versions": versions(*PACKAGES),
     }
 
 
-def compare_with(args, table, threshold):
-    """What metrics.json says about the difference to args.compare, of the same images."""
-    other, report = read_predictions(args.compare).readable(), report_beside(args.compare)
-    other_threshold = choose_threshold(args, report, args.compare)["threshold"]
-    about = {"with": str(args.compare), "model": report.get("model"), "threshold": other_threshold}
-    return about | compare(table, other, threshold, other_threshold, args.compare, args.seed)
+def list_without_interval(metrics):
+    """Returns the scores that have no interval because all bootstrap samples are equal."""
+    never = ("ece", *PROPORTIONS)  # no bootstrap
+    names = [name for name, metric in metrics.items() if metric["low"] is None]
+    return [name for name in names if name not in never]
 
 
-def write_report(folder, report, table, pictures):
-    write_predictions(folder / "predictions.csv", table, report["threshold"])
-    write_json(folder / "metrics.json", report)
-    draw_pictures(folder, table.readable(), report)
-    write_page(folder, report, pictures)
+def count_left_out(predictions, model):
+    """Returns {split/class: number of unreadable images}, in training and among the scored ones."""
+    unreadable = predictions.loc[predictions["error"] != "", "file"]
+    files = dict.fromkeys([*model.get("skipped", []), *unreadable])
+    return Counter(Path(file).parent.as_posix() for file in files)
 
 
-def score_split(args):
-    """DIR/test, or another split, with its labels."""
-    if args.split == "test" and (args.data_dir / "train").is_dir():
-        check_test_exists(args)
-    rows = read_metadata(args.data_dir)
-    images = read_split(args.data_dir, args.split, rows=rows)[args.split]
-    model = load_model(args.checkpoint, args.device, args.arch)
-    check_outputs(args, model, "metrics.json", "predictions.csv")
-    names = [image.path.relative_to(args.data_dir) for image in images]
-    table, bad, unlike = predict(model, images, names, args)
-    images = [images[row] for row in common.drop_unreadable(images, bad, args.skip_bad)]
-
-    training, reason = list_training_xrays(args.data_dir, rows)
-    report = {"split": args.split, "data": str(args.data_dir / args.split)}
-    report["model"] = describe_model(args.checkpoint, model.info)
-    doubts = (
-        model.warnings + leak_warnings(args, model, images, training) + novelty_warnings(unlike)
-    )
-    report |= {"warnings": doubts, "unlike": unlike}
-    report |= choose_threshold(args, model.info, args.checkpoint.with_suffix(".json"))
-    report = summarise(report, table, args)
-    report["shortcut"] = None
-    if args.split == "test":
-        report["shortcut"] = single_number_baselines(
-            args, images, table.readable(), training, reason, common.SIZE
-        )
-    views = common.Views(images, 1, model.info.get("window", 0))
-    draw_worst(args.results_dir / "worst.png", model, views, table.readable(), report)
-    write_report(args.results_dir, report, table, PICTURES)
-    if args.cam:
-        write_overlays(args.cam, model, views, table.readable())
-    print_report(report)
-    print(f"Written: report.html, metrics.json, predictions.csv and pictures in {args.results_dir}")
-    print(f"The page to read and to send on: {args.results_dir / 'report.html'}")
-    for warning in report["warnings"]:
-        warn(warning)
-
-
-def check_test_exists(args):
-    """A Failure where there is no test/: what to do, and that the model is not lost."""
-    folder = args.data_dir / "test"
-    if not folder.is_dir():
-        saved = f"{args.checkpoint} is saved; " if args.checkpoint.exists() else ""
-        make = "move whole patients there out of train/ before the split"
-        val = "--split val scores the images that stopped the training, which is no test result"
-        raise Failure(
-            f"{folder}: no such folder, expected images to test on; {saved}{make} ({val})"
-        )
-
-
-def classify_new(args):
-    """New images: files, and the images directly inside folders."""
-    images, path = list_named_images(args.images), args.results_dir / "new_predictions.csv"
-    model = load_model(args.checkpoint, args.device, args.arch)
-    check_outputs(args, model, path.name)
-    table, bad, unlike = predict(model, images, [image.path for image in images], args)
-    chosen = choose_threshold(args, model.info, args.checkpoint.with_suffix(".json"))
-    threshold, replaced = chosen["threshold"], path.exists()
-    common.drop_unreadable(images, bad, args.skip_bad)
-    write_predictions(path, table, threshold)
-    print(f"Model {args.checkpoint}, threshold {threshold:.4g} ({chosen['threshold_from']})\n")
-    width = max(map(len, table.files))
-    print(f"{'file':{width}}  P(PNEUMONIA)  prediction")
-    for name, _, prob, error, far, *_ in zip(*table, strict=True):
-        shown = "-" if error else f"{prob:.3f}"
-        odd = f", unlike the training images ({far:.2g})" if far > 1 else ""
-        print(f"{name:{width}}  {shown:>12}  {error or CLASSES[int(prob > threshold)]}{odd}")
-    for warning in model.warnings + novelty_warnings(unlike):
-        warn(warning)
-    if args.cam:
-        readable = [image for row, image in enumerate(images) if row not in bad]
-        views = common.Views(readable, 1, model.info.get("window", 0))
-        write_overlays(args.cam, model, views, table.readable())
-    print(f"\nWritten: {path}{', in place of an earlier one' if replaced else ''}")
-
-
-def list_named_images(paths):
-    """[Xray] of the files, and of the image files directly inside the folders."""
-    found = []
-    for path in paths:
-        if not path.is_dir() and not path.is_file():
-            raise Failure(f"{path}: expected an image or a folder, found no such file")
-        inside = list_images(path, others=True) if path.is_dir() else [path]
-        if not inside:
-            expected = f"expected images ({image_suffixes()}) directly inside"
-            if classes := [str(path / name) for name in CLASSES if (path / name).is_dir()]:
-                expected = f"holds class folders, name these: {' '.join(classes)}; {expected}"
-            raise Failure(f"{path}: {expected}, found none")
-        found += inside
-    return [Xray(path, None, hash_file(path)) for path in found]
+def compare_with_other(readable, threshold, other, args):
+    """Compares with the table of --compare, at --threshold or its own one; None without it."""
+    if other is None:
+        return None
+    report = report_beside(args.compare)
+    other_threshold, _ = choose_threshold(args, report, args.compare)
+    _, labels, _ = as_arrays(readable)
+    other = match_predictions(other, readable["file"].tolist(), labels, args.compare)
+    result = {"with": str(args.compare), "model": report.get("model"), "threshold": other_threshold}
+    return result | compare(readable, other, threshold, other_threshold, args.seed)
 
 
 def report_beside(path):
-    """The metrics.json beside a predictions.csv, {} where there is none or the name is another."""
+    """Returns the metrics.json beside a predictions.csv; {} if there is none."""
     if path.name != "predictions.csv":
         return {}
     return read_json(path.with_name("metrics.json")) or {}
 
 
+def write_report(folder, report, predictions, pictures):
+    """Writes all files of a report except worst.png. pictures: names of those on the page."""
+    write_predictions(folder / "predictions.csv", predictions, report["threshold"])
+    write_json(folder / "metrics.json", report)
+    draw_pictures(folder, drop_unreadable(predictions), report)
+    write_page(folder, report, pictures)
+
+
+# ---------------------------------------------------------------- a split, new images, a table
+
+
+def score_split(args):
+    """Scores the images of a split, which have labels."""
+    check_test_exists(args)
+    rows = read_metadata(args.data_dir)
+    xrays = read_split(args.data_dir, args.split, rows=rows)
+    names = [printable(xray.path.relative_to(args.data_dir)) for xray in xrays]
+    other = read_other(args, names)
+    model = load_model(args.checkpoint, args.device, args.arch)
+    check_outputs(args, model, "metrics.json", "predictions.csv")
+    predictions, novelty = predict(model, xrays, names, args)
+    views = readable_views(model, xrays, predictions)
+    readable = drop_unreadable(predictions)
+    origin = describe_origin(args, model, readable, views.xrays, rows, novelty)
+    report = summarise(predictions, origin, other, args)
+    draw_worst(args.results_dir / "worst.png", model, views, readable, report)
+    write_report(args.results_dir, report, predictions, PICTURES)
+    if args.cam:
+        write_overlays(args.cam, model, views, readable["probability"])
+    print_report(report)
+    print(f"Wrote report.html, metrics.json, predictions.csv and pictures to {args.results_dir}")
+    print(f"The report to read and to send on: {args.results_dir / 'report.html'}")
+    for text in report["warnings"]:
+        warn(text)
+
+
+def describe_origin(args, model, predictions, xrays, rows, novelty):
+    """Returns the part of metrics.json that is known before the scores.
+
+    predictions, xrays: the readable images; rows: of metadata.csv.
+    """
+    from cxr.shortcuts import single_number_baselines  # slow to import: scikit-learn
+
+    training, reason = list_training_xrays(args.data_dir, rows)
+    info_file = args.checkpoint.with_suffix(".json")
+    threshold, threshold_from = choose_threshold(args, model.info, info_file)
+    baselines = None
+    if args.split == "test":
+        baselines = single_number_baselines(
+            predictions, xrays, training, reason, common.SIZE, args.seed
+        )
+    return {
+        "split": args.split,
+        "data": str(args.data_dir / args.split),
+        "model": describe_model(args.checkpoint, model.info),
+        "warnings": model.warnings + leak_warnings(model.info, xrays, training, args.split),
+        "unlike": novelty,
+        "threshold": threshold,
+        "threshold_from": threshold_from,
+        "shortcut": baselines,
+    }
+
+
+def classify_new(args):
+    """Classifies new images: files, and the images directly inside folders."""
+    xrays = list_named_images(args.images)
+    path = args.results_dir / "new_predictions.csv"
+    model = load_model(args.checkpoint, args.device, args.arch)
+    check_outputs(args, model, path.name)
+    names = [printable(xray.path) for xray in xrays]
+    predictions, novelty = predict(model, xrays, names, args)
+    info_file = args.checkpoint.with_suffix(".json")
+    threshold, threshold_from = choose_threshold(args, model.info, info_file)
+    replaced = "; it replaced an earlier one" if path.exists() else ""
+    write_predictions(path, predictions, threshold)
+    print(f"Model {args.checkpoint}, threshold {threshold:.4g} ({threshold_from})\n")
+    print_predictions(predictions, threshold)
+    for text in model.warnings + novelty_warnings(novelty):
+        warn(text)
+    if args.cam:
+        views = readable_views(model, xrays, predictions)
+        write_overlays(args.cam, model, views, drop_unreadable(predictions)["probability"])
+    print(f"\nWrote {path}{replaced}")
+
+
+def print_predictions(predictions, threshold):
+    """Prints probability and predicted class of each image."""
+    width = max(len(file) for file in predictions["file"])
+    print(f"{'file':{width}}  P({CLASSES[1]})  prediction")
+    classes = predicted_classes(predictions, threshold)
+    for row, name in zip(predictions.itertuples(), classes, strict=True):
+        prob = "-" if row.error else f"{row.probability:.3f}"
+        novelty = ""
+        if row.unlike > 1:
+            novelty = f", unlike the training images (novelty {row.unlike:.2g}, usually below 1)"
+        print(f"{row.file:{width}}  {prob:>12}  {row.error or name}{novelty}")
+
+
 def rescore(args):
-    """--from: an earlier predictions.csv, without images and network."""
-    table, before = read_predictions(args.source), report_beside(args.source)
+    """Scores an earlier predictions.csv again (--from), without images and network."""
+    predictions, before = read_predictions(args.source), report_beside(args.source)
+    other = read_other(args, predictions["file"].tolist())
     if args.results_dir:
         check_outputs(args, None, "metrics.json", "predictions.csv")
-    report = {"split": args.split, "data": str(args.source), "model": None, "shortcut": None}
-    report |= {"warnings": [], "unlike": None}
-    report |= {key: before[key] for key in report if key in before}
-    report |= choose_threshold(args, before, args.source.with_name("metrics.json"))
-    report = summarise(report, table, args)
-    there = before.get("metrics", {}).get("auroc", {}).get("value", math.nan)
-    here = report["metrics"]["auroc"]["value"]
-    # then what is known of the numbers was held against other probabilities
-    if abs(there - here) > 1e-6:
-        differs = f"AUROC {here:.3f}, there {there:.3f}"
-        about = f"{args.source} is not the table that metrics.json beside it describes ({differs})"
-        report |= {"shortcut": None, "warnings": [*report["warnings"], about]}
+    origin = earlier_origin(args, predictions, before)
+    report = summarise(predictions, origin, other, args)
     if args.results_dir:
-        drawn = [name for name in PICTURES if name != "worst"]  # for want of the images
-        write_report(args.results_dir, report, table, drawn)
+        # Without the images there is no picture of the worst ones.
+        pictures = [name for name in PICTURES if name != "worst"]
+        write_report(args.results_dir, report, predictions, pictures)
     print_report(report)
     if args.results_dir:
-        print(f"Written: all but worst.png, for want of the images, in {args.results_dir}")
-    for warning in report["warnings"]:
-        warn(warning)
+        print(f"Wrote all files except worst.png, which needs the images, to {args.results_dir}")
+    for text in report["warnings"]:
+        warn(text)
+
+
+def earlier_origin(args, predictions, before):
+    """Returns what describe_origin returned before. before: the earlier metrics.json, or {}."""
+    metrics_file = args.source.with_name("metrics.json")
+    threshold, threshold_from = choose_threshold(args, before, metrics_file)
+    mismatch = table_warnings(predictions, before, args.source)
+    return {
+        "split": before.get("split", args.split),
+        "data": before.get("data", str(args.source)),
+        "model": before.get("model"),
+        "warnings": [*before.get("warnings", []), *mismatch],
+        "unlike": before.get("unlike"),
+        "threshold": threshold,
+        "threshold_from": threshold_from,
+        # After a mismatch, the baselines were compared with other probabilities.
+        "shortcut": None if mismatch else before.get("shortcut"),
+    }
+
+
+def table_warnings(predictions, before, path):
+    """Returns a warning if a table is not the one that the metrics.json beside it describes."""
+    probs, labels, _ = as_arrays(drop_unreadable(predictions))
+    if len(set(labels)) < 2:
+        return []  # summarise says so
+    auroc = score(torch.from_numpy(probs), torch.from_numpy(labels), 0.5, ("auroc",))["auroc"]
+    auroc_before = before.get("metrics", {}).get("auroc", {}).get("value", math.nan)
+    if not abs(auroc - auroc_before) > 1e-6:
+        return []
+    values = f"AUROC {auroc:.3f}, in metrics.json {auroc_before:.3f}"
+    return [f"{path} is not the table that the metrics.json beside it describes ({values})"]
+
+
+def check_test_exists(args):
+    """Raises Failure if there is train/ but no test/. It says that the model is not lost."""
+    folder = args.data_dir / "test"
+    if args.split != "test" or folder.is_dir() or not (args.data_dir / "train").is_dir():
+        return
+    saved = f"{args.checkpoint} is saved. " if args.checkpoint.exists() else ""
+    raise Failure(
+        f"{folder}: no such folder, expected images to test on. {saved}Run split_val.py --undo, "
+        "move whole patients from train/ to test/, then split again. (--split val is no test "
+        "result)"
+    )
+
+
+def list_named_images(paths):
+    """Returns the Xrays of these files, and of the images directly inside these folders."""
+    files = []
+    for path in paths:
+        if not path.is_file() and not path.is_dir():
+            raise Failure(f"{path}: no such file, expected an image or a folder")
+        files += list_folder(path) if path.is_dir() else [path]
+    return [Xray(file, None, hash_file(file)) for file in files]
+
+
+def list_folder(folder):
+    """Returns the images directly inside a folder. Raises Failure if there are none."""
+    images = list_images(folder, warn_of_others=True)
+    if images:
+        return images
+    classes = [str(folder / name) for name in CLASSES if (folder / name).is_dir()]
+    advice = f"; name its class folders instead: {' '.join(classes)}" if classes else ""
+    suffixes = image_suffixes()
+    raise Failure(f"{folder}: expected images ({suffixes}) directly inside, found none{advice}")
 
 
 def check_outputs(args, model, *names):
-    """A Failure, before the work, where what is to be written cannot be."""
+    """Raises Failure, before the work, if a file of these names or a map cannot be written."""
     check_writable(*(args.results_dir / name for name in names))
     if not args.cam:
         return
-    splits = [args.data_dir / split for split in ("train", "val", "test")]
-    folders = [split / name for split in splits for name in CLASSES]
-    folders += [path if path.is_dir() else path.parent for path in args.images]
-    ours = {args.cam.resolve(), *((args.cam / name).resolve() for name in CLASSES)}
-    if ours & {path.resolve() for path in folders}:
-        raise Failure(f"--cam {args.cam}: images lie there, and maps would count as images")
+    check_maps_apart(args)
     noise = torch.randint(256, (1, 1, common.SIZE, common.SIZE), dtype=torch.uint8)
     if class_maps(model, noise) is None:
-        ending = f"{model.info['arch']} does not end in global average pooling and one Linear"
-        raise Failure(f"--cam: {ending}, so that it has no maps; leave --cam out")
+        raise Failure(
+            f"--cam: {model.info['arch']} has no class activation maps, because it does not end in "
+            "global average pooling and one Linear layer; leave --cam out"
+        )
     check_writable(args.cam / "map.png")
+
+
+def check_maps_apart(args):
+    """Raises Failure if --cam would write maps into a folder with images."""
+    image_folders = [path if path.is_dir() else path.parent for path in args.images]
+    for split in SPLITS:
+        image_folders += [args.data_dir / split / name for name in CLASSES]
+    map_folders = [args.cam, *(args.cam / name for name in CLASSES)]
+    # The next run would read the maps as images.
+    if {path.resolve() for path in map_folders} & {path.resolve() for path in image_folders}:
+        raise Failure(f"--cam {args.cam}: this folder contains images; choose another folder")
 
 
 # ---------------------------------------------------------------- command line
 
 
 def probability(text):
+    """The argparse type of --threshold."""
     if text == "youden" or text.startswith("sensitivity="):
-        raise argparse.ArgumentTypeError(f"{text} is fitted on val while training: train.py")
-    if not 0 <= (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(
+            f"{text} is a rule, which is fitted on val/ in the training: use it with train.py"
+        )
+    value = float(text)
+    if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, found {text}")
     return value
 
 
 def parse_args(argv=None):
     parser = Parser("evaluate.py", __doc__)
-    add, none = parser.add_argument, argparse.SUPPRESS  # SUPPRESS: no "default: None" in the help
-    parser.set_defaults(images=[], threshold=None, cam=None, source=None, compare=None, arch=None)
-    parser.set_defaults(split=None, prevalence=[])
-    add_flags(parser, *RUN_FLAGS)
+    data, scores, output, machine = parser.groups("data", "scores", "output", "machine")
+    add_network_flags(data, output, machine)
+    none = argparse.SUPPRESS  # the help would print "(default: None)"
+    parser.set_defaults(images=[], prevalence=[])
+    for name in ("arch", "split", "source", "compare", "threshold", "cam"):
+        parser.set_defaults(**{name: None})
     # fmt: off
-    add("images", nargs="*", type=Path, default=none, metavar="FILE_OR_FOLDER",
-        help="classify these, not a split")
-    add("--arch", default=none, metavar="NAME",
-        help="the network of a --checkpoint without model.json (default: resnet50)")
-    add("--split", choices=("test", "val", "train"), default=none,
+    data.add_argument("images", nargs="*", type=Path, default=none, metavar="FILE_OR_FOLDER",
+        help="new images to classify, instead of scoring a split")
+    data.add_argument("--split", choices=("test", "val", "train"), default=none,
         help="the images to score (default: test)")
-    add("--threshold", type=probability, default=none, metavar="T",
-        help="P(PNEUMONIA) above which an image is PNEUMONIA, 0 to 1 (default: the one stored "
-             "with the model)")
-    add("--prevalence", type=number(float, 1e-6, 1 - 1e-6), action="append", default=none,
-        metavar="P",
-        help="share of PNEUMONIA elsewhere, between 0 and 1, may be repeated: what a result means "
-             "there, beside the usual shares")
-    add("--cam", type=Path, default=none, metavar="DIR",
-        help="also write a class activation map of each image there, below --results-dir")
-    add("--from", type=Path, default=none, dest="source", metavar="CSV",
-        help="score this predictions.csv, or the one in this folder, again, without images and "
-             "network; prints, and writes only where --results-dir is given")
-    add("--compare", type=Path, default=none, metavar="CSV",
-        help="predictions.csv, or its folder, of another model for the same images: this one minus "
-             "that one (--threshold then holds for both)")
+    data.add_argument("--from", type=Path, default=none, dest="source", metavar="CSV",
+        help="score an earlier predictions.csv (or that of a folder) again, without images and "
+             "network; prints only, unless --results-dir is given")
+    data.add_argument("--arch", default=none, metavar="NAME",
+        help="network of a --checkpoint that has no model.json (default: resnet50)")
+    scores.add_argument("--threshold", type=probability, default=none, metavar="T",
+        help="probability above which an image is PNEUMONIA, 0 to 1 (default: the threshold that "
+             "is stored with the model)")
+    scores.add_argument("--prevalence", type=number(float, 1e-6, 1 - 1e-6), action="append",
+        default=none, metavar="P",
+        help="share of PNEUMONIA in another place, between 0 and 1: also compute PPV and NPV for "
+             "it (may be given several times)")
+    scores.add_argument("--compare", type=Path, default=none, metavar="CSV",
+        help="predictions.csv (or its folder) of another model for the same images: compute the "
+             "differences, this model minus the other (--threshold then holds for both)")
+    add_flags(scores, "--seed")
+    output.add_argument("--cam", type=Path, default=none, metavar="DIR",
+        help="also write a class activation map of each image into this folder, which is created "
+             "in --results-dir")
     # fmt: on
     args = parser.parse_args(argv)
     if args.images and (args.source or args.compare):
-        parser.error("FILE_OR_FOLDER: --from and --compare need labels, and work on a split only")
+        parser.error("FILE_OR_FOLDER: new images have no labels, which --from and --compare need")
     if args.source and args.split:
-        parser.error("--split: the table of --from has its split")
-    args.split = args.split or "test"
+        parser.error("--split: the table of --from belongs to one split already")
     if args.source and args.cam:
-        parser.error("--cam: needs the images, --from has none")
+        parser.error("--cam: the maps need the images, and --from has none")
+    args.split = args.split or "test"
     if args.cam:
         args.cam = args.results_dir / args.cam
     for name in ("source", "compare"):
-        if (path := getattr(args, name)) and path.is_dir():
+        path = getattr(args, name)
+        if path and path.is_dir():
             setattr(args, name, path / "predictions.csv")
     if args.source and args.results_dir is FLAGS["--results-dir"]["default"]:
-        args.results_dir = None  # not given: --from only prints
+        args.results_dir = None  # it was not given, so --from only prints
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    command = rescore if args.source else classify_new if args.images else score_split
+    command = classify_new if args.images else score_split
+    if args.source:
+        command = rescore
     return run(command, args, "evaluate.py")
 
 

@@ -1,11 +1,12 @@
-"""Moves images of each class from train/ into val/, whole patients at a time; checks the data.
+"""Moves whole patients of each class from train/ to val/, or checks the data.
 
-Reads DIR/train/{NORMAL,PNEUMONIA}/; writes DIR/val/ and DIR/split_val.json: the seed, and every
-file that is moved. A second run moves nothing; a run that was interrupted is completed by the next.
+Reads the images in DIR/train/{NORMAL,PNEUMONIA}/ (and in DIR/test/, which must not share them).
+Writes DIR/val/ and DIR/split_val.json, which holds the seed and every file that is moved. A second
+run moves nothing. A run after an interruption completes the split.
 
-    python split_val.py --data-dir data/chestxrays            # 50 images a class into val/
-    python split_val.py --data-dir data/chestxrays --undo     # all of val/ back into train/
-    python split_val.py --data-dir data/chestxrays --check    # leaks, duplicates, shortcuts, shift
+    python split_val.py                # a third of the smaller class, at most 50 images per class
+    python split_val.py --undo         # moves the images back into train/
+    python split_val.py --check        # finds leaks, duplicates, shortcuts and shift; moves nothing
 """
 
 import argparse
@@ -22,259 +23,300 @@ from common import SIZE
 from cxr.cli import Parser, add_flags, number, run
 from cxr.errors import Failure, warn
 from cxr.files import check_writable, read_json, sync_folder, write_json
-from cxr.folders import CLASSES, SPLIT_FILE, list_split, list_val, names_by_class
+from cxr.folders import CLASSES, SPLIT_FILE, list_splits, list_val, names_by_class
 from cxr.patients import METADATA, read_split
 
 try:
     import fcntl
-except ImportError:  # Windows: no lock, run one split_val.py at a time
+except ImportError:  # Windows has no such lock: run one split_val.py at a time there
     fcntl = None
 
-# ---------------------------------------------------------------- the choice of patients
-
-
-def choose_patients(images, n, seed):
-    """{class: sorted file names} of whole patients, at most n images a class.
-
-    Patients come in the order of the SHA-256 of seed and name, the same on every machine and in
-    every version of Python, and each is taken that does not push a class over n.
-    """
-    patients, counts, taken = {}, Counter(), []
-    for image in images:
-        patients.setdefault(image.group, []).append(image.path)
-
-    def draw(patient):
-        return hashlib.sha256(os.fsencode(f"{seed}/{patient}")).digest()
-
-    for patient in sorted(patients, key=draw):
-        more = Counter(path.parent.name for path in patients[patient])
-        if all(counts[name] + more[name] <= n for name in CLASSES):
-            counts += more
-            taken += patients[patient]
-    return names_by_class(taken)
-
-
-def counts_in_words(files):
-    """How many files of each class, in words; files: {class: names}."""
-    return " and ".join(f"{len(files[name])} {name}" for name in CLASSES)
-
+MAX_DEFAULT = 50  # images per class in val/, as in the original project
+FEW_IMAGES = 30  # of a class; with 30 + 30, a 95 % interval of the accuracy is 0.2 wide
 
 # ---------------------------------------------------------------- the plan
 
 
 def plan_split(data_dir, n, seed):
-    """The record of a split, split_val.json, which is its plan; writes nothing."""
-    splits = ["train"] + ["test"] * (data_dir / "test").exists()
-    found = read_split(data_dir, *splits)
-    train = found["train"]
-    if unreadable := [image.path for split in splits for image in found[split] if not image.sha256]:
+    """Plans which images move. Returns the content of split_val.json, and writes nothing.
+
+    n: images per class, None for the default. Raises Failure if such a split is impossible.
+    """
+    train = read_train(data_dir)
+    present = names_by_class([xray.path for xray in train])
+    n_smaller = min(len(names) for names in present.values())
+    default = max(1, min(n_smaller // 3, MAX_DEFAULT))
+    per_class = default if n is None else n
+    if per_class >= n_smaller:
         raise Failure(
-            f"{unreadable[0]}: cannot be read ({len(unreadable)} such images); repair or remove it"
+            f"--per-class {per_class}: train/ has {counts_in_words(present)} images, and some must "
+            f"stay. Use fewer, for example --per-class {default} (make: PER_CLASS={default})"
         )
-    present = names_by_class([image.path for image in train])
-    smaller = min(map(len, present.values()))
-    third = max(1, min(smaller // 3, 50))  # what the reference takes, 50 of 150, and fits any set
-    asked, n = n is not None, n or third
-    if n >= smaller:
-        has = f"{data_dir / 'train'} has {counts_in_words(present)} images"
-        less = f"ask less, as --per-class {third} (make: PER_CLASS={third})"
-        raise Failure(f"--per-class {n}: {has}, and some of each must stay; {less}")
-    moved = choose_patients(train, n, seed)
+    moved = choose_patients(train, per_class, seed)
     if not all(moved.values()):
-        together = f"a patient's images stay together, {count_patients(train)} patients in train/"
-        others = f"see patient_id in {METADATA}, or ask for more: --per-class (make: PER_CLASS=)"
-        raise Failure(f"--per-class {n}: {together}, and no choice is that small; {others}")
-    if asked and any(len(files) < n for files in moved.values()):
-        warn(f"whole patients give {counts_in_words(moved)} images, not {n} of each")
-    if unknown := sum(image.patient is None for image in train):
-        tell = f"{data_dir / METADATA} with columns file_name and patient_id can tell them"
-        warn(f"{unknown} names in train/ tell no patient, each counts as one of its own; {tell}")
-    return {"seed": seed, "per_class": n, "moved": moved, "patients": count_patients(train, moved)}
+        n_patients = len({xray.group for xray in train})
+        raise Failure(
+            f"--per-class {per_class}: the {n_patients} patients in train/ have too many images "
+            f"each. Check patient_id in {METADATA}, or use a larger --per-class (make: PER_CLASS=)"
+        )
+    if n is not None and any(len(names) < n for names in moved.values()):
+        what = f"{counts_in_words(moved)} images will be moved, not {n} of each class"
+        warn(f"{what}, because the images of a patient stay together")
+    n_unknown = sum(xray.patient is None for xray in train)
+    if n_unknown:
+        warn(
+            f"images in train/ without a known patient: {n_unknown}. Each counts as one patient. "
+            f"Name them in {data_dir / METADATA}, in the columns file_name and patient_id"
+        )
+    groups = set()
+    for xray in train:
+        if xray.path.name in moved[CLASSES[xray.label]]:
+            groups.add(xray.group)
+    return {"seed": seed, "per_class": per_class, "moved": moved, "patients": len(groups)}
 
 
-def count_patients(images, moved=None):
-    """How many patients the images have, or those of them that are moved, {class: names}."""
-    return len({i.group for i in images if not moved or i.path.name in moved[CLASSES[i.label]]})
+def read_train(data_dir):
+    """Returns the Xrays of train/. Raises Failure if an image cannot be read."""
+    # read_split finds images and patients that train/ shares with test/.
+    splits = ["train", "test"] if (data_dir / "test").exists() else ["train"]
+    xrays = read_split(data_dir, *splits)
+    unreadable = [xray.path for xray in xrays if not xray.sha256]
+    if unreadable:
+        n = len(unreadable)
+        raise Failure(f"{unreadable[0]}: cannot be read ({n} such images); repair or remove it")
+    return [xray for xray in xrays if xray.split == "train"]
 
 
-def list_folders(data_dir):
-    """The folders in which a split changes something, or may."""
-    places = (
-        "train",
-        "val",
-        *(f"{split}/{name}" for split in ("train", "val") for name in CLASSES),
-    )
-    return [data_dir, *(data_dir / place for place in places)]
+def choose_patients(xrays, n, seed):
+    """Chooses whole patients at random. Returns {class: sorted file names}, at most n per class."""
+    paths_of = {}
+    for xray in xrays:
+        paths_of.setdefault(xray.group, []).append(xray.path)
+
+    def random_key(group):
+        # A hash gives the same order on every machine and in every version of Python.
+        return hashlib.sha256(os.fsencode(f"{seed}/{group}")).digest()
+
+    counts, chosen = Counter(), []
+    for group in sorted(paths_of, key=random_key):
+        paths = paths_of[group]
+        new_counts = counts + Counter(path.parent.name for path in paths)
+        if all(new_counts[name] <= n for name in CLASSES):
+            counts = new_counts
+            chosen += paths
+    return names_by_class(chosen)
+
+
+def counts_in_words(names):
+    """Returns how many files each class has, as text. names: {class: file names}."""
+    return " and ".join(f"{len(names[name])} {name}" for name in CLASSES)
+
+
+# ---------------------------------------------------------------- moving files
 
 
 def list_moves(data_dir, moved, source, target):
-    """[(from, to)] of the renames that remain to be done; a Failure where one could not be."""
-    files = [Path(name, file) for name in CLASSES for file in moved[name]]
-    pairs = [(data_dir / source / file, data_dir / target / file) for file in files]
-    moves = [(old, new) for old, new in pairs if os.path.lexists(old)]
-    for old, new in moves:
-        if os.path.lexists(new):
-            raise Failure(f"{new}: exists already, and so does {old}; remove one of them")
-    for folder in list_folders(data_dir) if moves else ():
-        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
-            source = shlex.quote(str(data_dir))
-            links = f"split_val.py --data-dir NEW --link-from {source}"
-            links += f" (make: DATA=NEW LINK_FROM={source}) makes a tree of links"
-            raise Failure(f"{folder}: not writable, images are to be moved; {links}")
-    if gone := [old for old, new in pairs if not os.path.lexists(old) and not os.path.lexists(new)]:
-        warn(f"{gone[0].name}: gone since the split ({len(gone)} such images)")
+    """Lists the renames that remain to be done, as (old path, new path) pairs.
+
+    moved: {class: file names}; source, target: the splits. Raises Failure if a rename is
+    impossible. Warns if an image is in neither split.
+    """
+    moves, gone = [], []
+    for name in CLASSES:
+        for file in moved[name]:
+            old = data_dir / source / name / file
+            new = data_dir / target / name / file
+            if os.path.lexists(old) and os.path.lexists(new):  # lexists: also for broken links
+                raise Failure(f"{new}: exists already, and so does {old}; remove one of them")
+            if os.path.lexists(old):
+                moves.append((old, new))
+            elif not os.path.lexists(new):
+                gone.append(file)
+    if moves:
+        check_folders_writable(data_dir)
+    if gone:
+        warn(f"{gone[0]}: it was part of the split and is gone ({len(gone)} such images)")
     return moves
 
 
-# ---------------------------------------------------------------- move, undo, lock
+def check_folders_writable(data_dir):
+    """Raises Failure if a folder cannot be changed. Its message names the flags that help."""
+    for folder in list_folders(data_dir):
+        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+            source = shlex.quote(str(data_dir))
+            raise Failure(
+                f"{folder}: not writable, so no image can be moved. Use a folder of links: "
+                f"--data-dir NEW --link-from {source} (make: DATA=NEW LINK_FROM={source})"
+            )
+
+
+def list_folders(data_dir):
+    """Returns the folders that a split may change."""
+    folders = [data_dir]
+    for split in ("train", "val"):
+        folders += [data_dir / split, *(data_dir / split / name for name in CLASSES)]
+    return folders
 
 
 def move(data_dir, moves):
-    """Renames, never copies: at every moment each image is whole, in one place or in the other."""
+    """Renames images, and never copies: at every moment each image is complete and in one place."""
     try:
-        for folder in dict.fromkeys(new.parent for _, new in moves):
+        for folder in {new.parent for _, new in moves}:
             folder.mkdir(parents=True, exist_ok=True)
         for old, new in moves:
             os.rename(old, new)
-    except KeyboardInterrupt as stop:
-        message = "interrupted; every image is whole, run the same command again to complete it"
-        raise type(stop)(message) from None
+    except KeyboardInterrupt as interrupt:
+        message = "interrupted; every image is complete. Run the same command again to finish"
+        raise type(interrupt)(message) from None  # keeps the type, for the exit code
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        raise Failure(f"{new}: on another file system than {old}; put both on one") from None
+        message = f"{new}: is on another file system than {old}; put both on the same one"
+        raise Failure(message) from None
     for folder in list_folders(data_dir):
         sync_folder(folder)
 
 
 @contextlib.contextmanager
 def lock(data_dir):
-    """Locks the data folder itself, so that a kill frees it and leaves no file behind."""
+    """Locks a data folder, so that one split_val.py works on it; removes leftover files."""
     if not data_dir.is_dir():
-        hint = "unpack the images there, or name their folder with --data-dir"
-        raise Failure(f"{data_dir}: no such folder; {hint}")
+        raise Failure(f"{data_dir}: no such folder; name the folder of the images with --data-dir")
     if fcntl is None:
         yield
         return
-    folder = os.open(data_dir, os.O_RDONLY)
+    # The folder itself is locked: a killed process frees the lock and leaves no file behind.
+    descriptor = os.open(data_dir, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{data_dir}: another split_val.py is at work, waiting for it", flush=True)
-            fcntl.flock(folder, fcntl.LOCK_EX)
-        except OSError as error:  # some network file systems cannot lock a folder
-            warn(f"{data_dir}: no lock ({error.strerror}); run one split_val.py at a time")
-        for path in data_dir.glob(f".{SPLIT_FILE}.*.tmp"):  # of a run that was killed
+        wait_for_lock(descriptor, data_dir)
+        for path in data_dir.glob(f".{SPLIT_FILE}.*.tmp"):  # left by a process that was killed
             path.unlink()
         yield
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
-def link_images(data_dir, source):
-    """Makes the tree of data_dir out of links to the images of `source`, which stays as it is."""
-    source, made = source.resolve(), 0
-    if source == data_dir.resolve():
-        raise Failure(
-            f"--link-from {source}: is --data-dir itself; name another folder for the links"
-        )
+def wait_for_lock(descriptor, data_dir):
+    """Locks an open folder. Waits while another process has the lock."""
     try:
-        splits = ["train", *(each for each in ("val", "test") if (source / each).is_dir())]
-        listed = [(split, *each) for split in splits for each in list_split(source, split)]
-    except Failure as error:
-        raise Failure(str(error).replace("--data-dir", "--link-from")) from None
-    for split, path, label in listed:
-        places = [data_dir / each / CLASSES[label] / path.name for each in (split, "val")]
-        there = next(filter(os.path.lexists, places), None)  # linked already, perhaps moved since
-        if there and there.resolve() != path.resolve():  # which may be a link, too
-            raise Failure(
-                f"{there}: is no link to {path}; name another --data-dir for these images"
-            )
-        if not there:
-            places[0].parent.mkdir(parents=True, exist_ok=True)
-            places[0].symlink_to(path)
-            made += 1
-    if (source / METADATA).exists() and not os.path.lexists(data_dir / METADATA):
-        (data_dir / METADATA).symlink_to(source / METADATA)
-    print(f"Linked {made} images of {source} into {data_dir}")
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"{data_dir}: waiting for another split_val.py to finish", flush=True)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:  # some network file systems cannot lock a folder
+        warn(f"{data_dir}: cannot be locked ({error.strerror}); run one split_val.py at a time")
+
+
+# ---------------------------------------------------------------- split, undo, check
 
 
 def split(args):
-    """Writes the plan first and then renames what remains of it, so that any run completes it."""
-    data_dir, path = args.data_dir, args.data_dir / SPLIT_FILE
+    """Moves images from train/ to val/, or completes a split that was interrupted."""
+    data_dir, record_file = args.data_dir, args.data_dir / SPLIT_FILE
     if args.link_from:
         link_images(data_dir, args.link_from)
     with lock(data_dir):
-        record, val = read_json(path), list_val(data_dir)
+        record, val = read_json(record_file), list_val(data_dir)
         if record is None and any(val.values()):
             keep_existing_val(data_dir, val)
             return
-        plan = record or plan_split(data_dir, args.per_class, args.seed)
-        if record:
+        if record is None:
+            plan = plan_split(data_dir, args.per_class, args.seed)
+        else:
+            plan = record
             warn_if_flags_differ(args, record)
         moves = list_moves(data_dir, plan["moved"], "train", "val")
         if not moves:
-            seed = f"seed {plan['seed']}"
-            print(
-                f"{data_dir}: already split, {counts_in_words(val)} images in val/ ({seed}); "
-                "nothing moved"
-            )
+            counts = counts_in_words(val)
+            seed = plan["seed"]
+            print(f"{data_dir}: already split, {counts} in val/ (seed {seed}); nothing was moved")
             return
         if record is None:
-            write_json(path, plan)
+            write_json(record_file, plan)  # before the first move, so a later run can finish it
         move(data_dir, moves)
-    what = f"{counts_in_words(plan['moved'])} images of {plan['patients']} patients"
-    print(f"Moved {what} from {data_dir / 'train'} to {data_dir / 'val'} (seed {plan['seed']})")
+    print(
+        f"Moved {counts_in_words(plan['moved'])} images of {plan['patients']} patients from "
+        f"{data_dir / 'train'} to {data_dir / 'val'} (seed {plan['seed']})"
+    )
 
 
 def keep_existing_val(data_dir, val):
-    print(
-        f"{data_dir / 'val'} came with the data ({counts_in_words(val)} images) and is left alone"
-    )
-    if min(map(len, val.values())) < 30:  # 30 + 30: a 95 % interval of accuracy is 20 points wide
-        remedy = "--undo takes them back into train/, then split again"
-        warn(f"so few images make early stopping a lottery; {remedy}")
+    """Prints that val/ came with the data and stays. val: {class: file names}."""
+    counts = counts_in_words(val)
+    print(f"{data_dir / 'val'} came with the data ({counts} images) and is not changed")
+    if min(len(names) for names in val.values()) < FEW_IMAGES:
+        what = "with so few images, chance decides when the training stops"
+        warn(f"{what}. For a larger val/, run split_val.py --undo, then split again")
 
 
 def warn_if_flags_differ(args, record):
-    """Says where the user asks for another split than the one that is there."""
-    asked = (args.per_class or record["per_class"], args.seed or record["seed"])
-    if asked != (record["per_class"], record["seed"]):
-        there = f"--per-class {record['per_class']} --seed {record['seed']}"
-        remedy = "for another split run split_val.py --undo first"
-        warn(f"{args.data_dir}: split with {there}, which stays; {remedy}")
+    """Prints a warning if the flags ask for another split than the existing one."""
+    n, seed = record["per_class"], record["seed"]
+    asked = (
+        args.per_class or n,
+        args.seed or seed,
+    )  # seed 0 is the default, so it asks for nothing
+    if asked != (n, seed):
+        existing = f"was split with --per-class {n} --seed {seed}; this split stays"
+        warn(f"{args.data_dir}: {existing}. For another split, run split_val.py --undo first")
+
+
+def link_images(data_dir, source):
+    """Makes data_dir a folder of links to the images in `source`, which is only read."""
+    source = source.resolve()
+    if source == data_dir.resolve():
+        raise Failure(f"--link-from {source}: is the same as --data-dir; name a new --data-dir")
+    splits = ["train", *(name for name in ("val", "test") if (source / name).is_dir())]
+    try:
+        images = list_splits(source, splits)
+    except Failure as error:  # its message names the wrong flag
+        raise Failure(str(error).replace("--data-dir", "--link-from")) from None
+    n_linked = 0
+    for path, label, split in images:
+        # The image may have been linked before, and the split may have moved the link to val/.
+        link = data_dir / split / CLASSES[label] / path.name
+        moved_link = data_dir / "val" / CLASSES[label] / path.name
+        existing = [candidate for candidate in (link, moved_link) if os.path.lexists(candidate)]
+        if not existing:
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path)
+            n_linked += 1
+        elif existing[0].resolve() != path.resolve():
+            raise Failure(f"{existing[0]}: is not a link to {path}; name another --data-dir")
+    if (source / METADATA).exists() and not os.path.lexists(data_dir / METADATA):
+        (data_dir / METADATA).symlink_to(source / METADATA)
+    print(f"Linked {n_linked} images of {source} into {data_dir}")
 
 
 def undo(args):
-    """Moves val/ back, removes the folders that this empties, and last of all the record."""
-    data_dir, path = args.data_dir, args.data_dir / SPLIT_FILE
+    """Moves the images of the split back, removes empty folders, and removes the record last."""
+    data_dir, record_file = args.data_dir, args.data_dir / SPLIT_FILE
+    val_dir = data_dir / "val"
     with lock(data_dir):
-        record, val = read_json(path), list_val(data_dir)
+        record, val = read_json(record_file), list_val(data_dir)
         if record is None and not any(val.values()):
-            print(f"{data_dir}: nothing to undo")
+            print(f"{data_dir}: there is no split to undo")
             return
         moves = list_moves(data_dir, record["moved"] if record else val, "val", "train")
         move(data_dir, moves)
-        for folder in (*(data_dir / "val" / name for name in CLASSES), data_dir / "val"):
-            with contextlib.suppress(OSError):  # not there, or not empty: what else is in it stays
+        for folder in (*(val_dir / name for name in CLASSES), val_dir):
+            with contextlib.suppress(OSError):  # missing, or not empty: other files stay
                 folder.rmdir()
-        path.unlink(missing_ok=True)
+        record_file.unlink(missing_ok=True)
         sync_folder(data_dir)
-        left = sum(map(len, list_val(data_dir).values()))
-    print(f"Moved {len(moves)} images back from {data_dir / 'val'} to {data_dir / 'train'}")
-    if left:
-        warn(f"{left} images in {data_dir / 'val'} did not come from the split and stay there")
-
-
-# ---------------------------------------------------------------- the page
+        n_left = sum(len(names) for names in list_val(data_dir).values())
+    print(f"Moved {len(moves)} images back from {val_dir} to {data_dir / 'train'}")
+    if n_left:
+        warn(f"{n_left} images in {val_dir} were not part of the split, so they stay there")
 
 
 def check(args):
-    from cxr.check import examine, print_report  # with scipy, which a split does not need
+    """Prints what is wrong with the data. Raises Failure if there are errors."""
+    # Imported late: a split needs neither SciPy nor scikit-learn.
+    from cxr.check import count_of, examine, print_report
 
     if args.json and args.json.name == SPLIT_FILE:
-        raise Failure(f"--json {args.json}: this is the name of the split's record; choose another")
+        raise Failure(f"--json {args.json}: the record of a split has this name; choose another")
     if args.json:
         check_writable(args.json)
     with lock(args.data_dir):
@@ -283,41 +325,49 @@ def check(args):
     if args.json:
         write_json(args.json, report)
     if report["errors"]:
-        raise Failure(f"{args.data_dir}: {len(report['errors'])} errors in the data, listed above")
+        n_errors = count_of(report["errors"], "error")
+        raise Failure(f"{args.data_dir}: {n_errors} in the data, see above")
 
 
-# ---------------------------------------------------------------- arguments, main
+# ---------------------------------------------------------------- command line
 
 
 def parse_args(argv=None):
     parser = Parser("split_val.py", __doc__)
-    none = argparse.SUPPRESS  # no "default: None" in the help
+    data, output, machine = parser.groups("data", "output", "machine")
+    none = argparse.SUPPRESS  # hides "(default: None)" in the help
     parser.set_defaults(per_class=None, link_from=None, json=None)
-    add_flags(parser, "--data-dir", "--seed")
-    verb = parser.add_mutually_exclusive_group()
+    add_flags(data, "--data-dir", "--seed")
+    verb = data.add_mutually_exclusive_group()
     # fmt: off
-    parser.add_argument("--per-class", type=number(int, 1), default=none, metavar="N",
-        help="images of each class to move into val/ (default: a third of the smaller class, at "
-             "most 50)")
-    parser.add_argument("--link-from", type=Path, default=none, metavar="DIR",
-        help="make --data-dir of links to the images in DIR, which is only read, and split that")
-    verb.add_argument("--undo", action="store_true", help="move val/ back into train/")
+    verb.add_argument("--undo", action="store_true",
+        help="move the images of val/ back into train/")
     verb.add_argument("--check", action="store_true",
-        help="report what is wrong with the data; move nothing")
-    parser.add_argument("--json", type=Path, default=none, metavar="FILE",
-        help="with --check: the report for machines")
+        help="report what is wrong with the data, and move nothing")
+    data.add_argument("--per-class", type=number(int, 1), default=none, metavar="N",
+        help="images of each class for val/ (default: a third of the smaller class, at most 50)")
+    data.add_argument("--link-from", type=Path, default=none, metavar="DIR",
+        help="fill --data-dir with links to the images in DIR, and split it; DIR is only read")
+    output.add_argument("--json", type=Path, default=none, metavar="FILE",
+        help="with --check: also write the whole report to this file")
     # fmt: on
+    add_flags(machine, "--debug")
     args = parser.parse_args(argv)
     if args.json and not args.check:
-        parser.error("--json needs --check")
+        parser.error("--json can only be used with --check")
     if args.link_from and (args.check or args.undo):
-        parser.error("--link-from goes with a split only")
+        parser.error("--link-from can only be used for a split, not with --check or --undo")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    return run(check if args.check else undo if args.undo else split, args, "split_val.py")
+    command = split
+    if args.check:
+        command = check
+    elif args.undo:
+        command = undo
+    return run(command, args, "split_val.py")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Trains the one new output neuron of a frozen ImageNet network on data/chestxrays/{train,val}.
+"""Trains one output neuron on the features of a frozen network that was pretrained on ImageNet.
 
-Reads DIR/{train,val}/{NORMAL,PNEUMONIA}/ (split_val.py makes val/ out of train/). Writes model.pth
-and model.json, and into results/: history.csv, curves.png and samples.png; with --folds cv.json,
-doubtful_labels.csv and doubtful_labels.png instead.
+Reads DIR/{train,val}/{NORMAL,PNEUMONIA}/ (split_val.py makes val/). Writes model.pth, model.json,
+and into results/ history.csv, curves.png and samples.png. With --folds it cross-validates instead,
+and writes cv.json, doubtful_labels.csv and doubtful_labels.png.
 
     python train.py
     python train.py --epochs 100 --lr 3e-4 --seeds 10
@@ -12,13 +12,12 @@ doubtful_labels.csv and doubtful_labels.png instead.
 import contextlib
 import copy
 import math
-import statistics
 import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-import common  # first: it says what to do where a package is missing
+import common  # before torch: it imports cxr, which reports missing packages
 
 # isort: split
 import torch
@@ -26,55 +25,103 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
+from cxr import folds
 from cxr.calibration import calibrate, fit_threshold, threshold_rule
 from cxr.checkpoint import load_weights, save_checkpoint
-from cxr.cli import RUN_FLAGS, Parser, add_flags, number, run
+from cxr.cli import Parser, add_flags, add_network_flags, number, run
 from cxr.curves import choose_samples, draw_curves, draw_samples, write_history
-from cxr.errors import Failure
+from cxr.errors import INTERRUPTED, Failure, interrupt_exit_code
 from cxr.files import check_writable, versions, write_json
 from cxr.folders import CLASSES, SPLIT_FILE
-from cxr.folds import draw_doubtful, patient_folds, print_cross_validation, spread, write_doubtful
 from cxr.novelty import describe_features
 from cxr.patients import read_split
-from cxr.proportions import accuracy_intervals
-from cxr.scores import SCORES, score
+from cxr.proportions import accuracy_intervals, format_interval
 
-# ---------------------------------------------------------------- training
+# ---------------------------------------------------------------- the training loop
 
 
-class Standardize(nn.Module):
-    """Features (N, width) to mean 0 and deviation 1, of training features (N, n_views, width).
+class HeadData(NamedTuple):
+    """Features and labels to train a head. Label 1 is the positive class."""
 
-    The deviation has a floor, a tenth of the deviations' root mean square: a feature that hardly
-    moves in training must not be blown up when it moves elsewhere.
+    train_features: torch.Tensor  # float32 (N, n_views, width)
+    train_labels: torch.Tensor  # float32 (N,)
+    val_features: torch.Tensor  # float32 (M, width)
+    val_labels: torch.Tensor  # float32 (M,)
+
+
+class TrainedHead(NamedTuple):
+    """A head at its best epoch, or the mean of several heads."""
+
+    head: nn.Linear  # on features that are not standardised
+    epoch: int
+    val_loss: float
+    val_accuracy: float
+    history: list  # one dict for each epoch, also those after the best one: history.csv
+    exit_code: int = 0  # 130 or 143 if Ctrl-C or SIGTERM ended the training
+
+
+def train_head(data, args, seed, log=print):
+    """Trains one output neuron on features. Returns the TrainedHead of the best epoch.
+
+    log: called with each line of output. After Ctrl-C or SIGTERM, the best epoch so far counts.
+    Raises Failure (exit code 3) if the loss is not finite.
     """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        width = data.train_features.shape[2]
+        model = nn.Sequential(Standardize(data.train_features), nn.Linear(width, 1))
+    rng = torch.Generator().manual_seed(seed)
+    criterion = balanced_criterion(data.train_labels)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    # Halves the learning rate after three epochs without a val loss that is 0.01 % better.
+    scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=2)
 
-    def __init__(self, features):
-        super().__init__()
-        std, mean = torch.std_mean(features.flatten(0, 1), dim=0, correction=0)
-        floor = 0.1 * std.square().mean().sqrt().item()
-        self.register_buffer("mean", mean)
-        self.register_buffer("std", std.clamp(min=max(floor, 1e-12)))
+    best_val_loss, best, history = math.inf, None, []
+    try:
+        for epoch in range(1, args.epochs + 1):
+            lr = optimizer.param_groups[0]["lr"]
+            train_loss, train_accuracy = train_one_epoch(
+                model, data, criterion, optimizer, args.batch_size, rng
+            )
+            val_loss, val_accuracy = validate(model, data, criterion)
+            scheduler.step(val_loss)
 
-    def forward(self, x):
-        return (x - self.mean) / self.std
+            history.append(
+                {
+                    "epoch": epoch,
+                    "train_loss": train_loss,
+                    "train_accuracy": train_accuracy,
+                    "val_loss": val_loss,
+                    "val_accuracy": val_accuracy,
+                    "lr": lr,
+                }
+            )
+            log(
+                f"Epoch [{epoch}/{args.epochs}], "
+                f"Train Loss: {train_loss:.4f}, Train Acc: {train_accuracy:.4f}, "
+                f"Val Loss: {val_loss:.4f}, Val Acc: {val_accuracy:.4f}, LR: {lr:.1e}"
+            )
+            if not math.isfinite(train_loss + val_loss):
+                raise Failure(f"epoch {epoch}: the loss is not finite; use a smaller --lr", 3)
+
+            improved = val_loss < best_val_loss
+            if improved:
+                best_val_loss = val_loss
+                head = fold_standardization(model)
+                best = TrainedHead(head, epoch, val_loss, val_accuracy, history)
+            elif args.patience and epoch - best.epoch >= args.patience:
+                log("Early stopping triggered")
+                break
+    except KeyboardInterrupt as interrupt:
+        if best is None:
+            raise
+        best = best._replace(exit_code=interrupt_exit_code(interrupt))
+    return best
 
 
-def fold_standardization(model):
-    """The nn.Linear on raw features that computes what model, Standardize and nn.Linear, does."""
-    standardize, linear = model
-    with torch.no_grad():
-        head = copy.deepcopy(linear)
-        head.weight /= standardize.std
-        head.bias -= (head.weight * standardize.mean).sum(1)
-    return head
-
-
-def train_one_epoch(model, features, labels, criterion, optimizer, batch_size, rng):
-    """Every image once, in one of its views, drawn at random. Returns mean loss and accuracy.
-
-    features: float32 (N, n_views, width); labels: float32 (N,).
-    """
+def train_one_epoch(model, data, criterion, optimizer, batch_size, rng):
+    """Trains on every image once, in one randomly drawn view. Returns mean loss and accuracy."""
+    features, labels = data.train_features, data.train_labels
     order = torch.randperm(len(labels), generator=rng)
     view = torch.randint(features.shape[1], labels.shape, generator=rng)
     total_loss = correct = 0
@@ -90,264 +137,393 @@ def train_one_epoch(model, features, labels, criterion, optimizer, batch_size, r
 
 
 @torch.no_grad()
-def validate(model, features, labels, criterion):
-    """Mean loss and accuracy on features float32 (N, width), labels float32 (N,)."""
-    logits = model(features).squeeze(1)
-    accuracy = ((logits > 0) == (labels > 0.5)).float().mean()
-    return criterion(logits, labels).item(), accuracy.item()
-
-
-class TrainedHead(NamedTuple):
-    """A head at its best epoch."""
-
-    head: nn.Linear  # on raw features
-    epoch: int
-    val_loss: float
-    val_accuracy: float
-    history: list  # rows of history.csv
-    interrupted: KeyboardInterrupt | None = None  # what cut the training short
-
-
-EPOCH_LINE = (
-    "Epoch [{}/{}], Train Loss: {:.4f}, Train Acc: {:.4f}, Val Loss: {:.4f}, Val Acc: {:.4f}, "
-    "LR: {:.1e}"
-)
+def validate(model, data, criterion):
+    """Returns loss and accuracy on the validation images."""
+    logits = model(data.val_features).squeeze(1)
+    accuracy = ((logits > 0) == (data.val_labels > 0.5)).float().mean()
+    return criterion(logits, data.val_labels).item(), accuracy.item()
 
 
 def balanced_criterion(labels):
-    """BCE in which both classes weigh the same, however many images each has in training."""
-    return nn.BCEWithLogitsLoss(pos_weight=(labels < 0.5).sum() / labels.sum())
+    """Returns the binary cross-entropy in which both classes have the same total weight."""
+    n_negative, n_positive = (labels < 0.5).sum(), labels.sum()
+    return nn.BCEWithLogitsLoss(pos_weight=n_negative / n_positive)
 
 
-def train_head(train_features, train_labels, val_features, val_labels, args, seed, log=print):
-    """Trains one output neuron on features; a loss that is not finite is a Failure (status 3).
+class Standardize(nn.Module):
+    """Standardises features with the mean and standard deviation of the training features.
 
-    train_features: float32 (N, n_views, width); val_features: float32 (M, width); labels: float32.
+    The standard deviation is at least a tenth of the root mean square of all standard deviations:
+    otherwise a feature that is nearly constant in training could become huge in other images.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = nn.Sequential(Standardize(train_features), nn.Linear(train_features.shape[2], 1))
-    rng = torch.Generator().manual_seed(seed)
-    criterion = balanced_criterion(train_labels)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    # the third epoch in a row without a better val loss halves the learning rate
-    scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=2)
-    best_val_loss, best, history = math.inf, None, []
-    try:
-        for epoch in range(1, args.epochs + 1):
-            lr = optimizer.param_groups[0]["lr"]
-            train_loss, train_accuracy = train_one_epoch(
-                model, train_features, train_labels, criterion, optimizer, args.batch_size, rng
-            )
-            val_loss, val_accuracy = validate(model, val_features, val_labels, criterion)
-            scheduler.step(val_loss)
-            history.append((epoch, train_loss, train_accuracy, val_loss, val_accuracy, lr))
-            log(EPOCH_LINE.format(epoch, args.epochs, *history[-1][1:]))
-            if not math.isfinite(train_loss + val_loss):
-                raise Failure(f"epoch {epoch}: the loss is not finite; try a smaller --lr", 3)
-            improved = val_loss < best_val_loss
-            if improved:
-                best_val_loss = val_loss
-                best = TrainedHead(
-                    fold_standardization(model), epoch, val_loss, val_accuracy, history
-                )
-            elif args.patience and epoch - best.epoch >= args.patience:
-                log("Early stopping triggered")
-                break
-    except KeyboardInterrupt as stop:
-        if best is None:
-            raise
-        best = best._replace(interrupted=stop)
-    return best
+
+    def __init__(self, features):
+        """features: float32 (N, n_views, width), of the training images."""
+        super().__init__()
+        std, mean = torch.std_mean(features.flatten(0, 1), dim=0, correction=0)
+        smallest = 0.1 * std.square().mean().sqrt().item()
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std.clamp(min=max(smallest, 1e-12)))
+
+    def forward(self, x):
+        return (x - self.mean) / self.std
 
 
-def train_seeds(train_features, train_labels, val_features, val_labels, args):
-    """(the mean of --seeds heads, the heads): a linear head again, steadier than any of them."""
-    data, heads, interrupted = (train_features, train_labels, val_features, val_labels), [], None
+def fold_standardization(model):
+    """Returns one nn.Linear that computes the same as the model (Standardize + nn.Linear)."""
+    standardize, linear = model
+    with torch.no_grad():
+        head = copy.deepcopy(linear)
+        head.weight /= standardize.std
+        head.bias -= (head.weight * standardize.mean).sum(1)  # with the new weight
+    return head
+
+
+# ---------------------------------------------------------------- several heads
+
+
+def train_seeds(data, args):
+    """Trains --seeds heads. Returns (the TrainedHead to save, the TrainedHeads of all seeds)."""
     if args.seeds == 1:
-        heads = [train_head(*data, args, args.seed)]
-        return heads[0], heads
+        trained = train_head(data, args, args.seed)
+        return trained, [trained]
+    heads, exit_code = [], 0
     try:
         for seed in range(args.seed, args.seed + args.seeds):
-            trained = train_head(*data, args, seed, log=lambda line: None)
-            if trained.interrupted:
-                raise trained.interrupted
+            trained = train_head(data, args, seed, log=lambda line: None)
+            if trained.exit_code:
+                exit_code = trained.exit_code
+                break
             heads.append(trained)
             scores = f"Val Loss: {trained.val_loss:.4f}, Val Acc: {trained.val_accuracy:.4f}"
-            print(f"Seed {seed}: epoch {trained.epoch}, {scores}")
-    except KeyboardInterrupt as stop:
-        if not heads:
-            raise
-        interrupted = stop
+            print(f"Seed {seed}: epoch {trained.epoch}, {scores}")  # instead of a line per epoch
+    except KeyboardInterrupt as interrupt:
+        exit_code = interrupt_exit_code(interrupt)
+    if not heads:
+        raise Failure(INTERRUPTED, exit_code)
     for name in ("val_loss", "val_accuracy"):
-        values = [getattr(each, name) for each in heads]
-        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-        spread = f"deviation {deviation:.4f}, min {min(values):.4f}, max {max(values):.4f}"
-        print(f"{name}: mean {statistics.fmean(values):.4f}, {spread}")
-    print(f"Saving the mean of {len(heads)} heads; epoch and curves are those of the first")
-    head = copy.deepcopy(heads[0].head)
+        values = folds.spread([getattr(trained, name) for trained in heads])
+        print(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in values.items()))
+    print(f"Saving the mean of {len(heads)} heads; epoch and curves are those of the first head")
+    # The mean of linear heads is again one linear head, and it varies less between trainings.
+    return mean_head(heads, data)._replace(exit_code=exit_code), heads
+
+
+def mean_head(heads, data):
+    """Returns the mean of several TrainedHeads, with epoch and history of the first one."""
+    mean = copy.deepcopy(heads[0].head)
     with torch.no_grad():
-        head.weight.copy_(torch.stack([each.head.weight for each in heads]).mean(0))
-        head.bias.copy_(torch.stack([each.head.bias for each in heads]).mean(0))
-    loss, accuracy = validate(head, val_features, val_labels, balanced_criterion(train_labels))
-    mean = heads[0]._replace(head=head, val_loss=loss, val_accuracy=accuracy)
-    return mean._replace(interrupted=interrupted), heads
-
-
-def print_class_weight(labels):
-    """Says what balanced_criterion does where the classes are not equally frequent."""
-    n_positive = int(labels.sum())
-    if n_positive != len(labels) - n_positive:
-        counts = f"{len(labels) - n_positive} NORMAL and {n_positive} PNEUMONIA images"
-        weight = balanced_criterion(labels).pos_weight.item()
-        print(f"Training on {counts}: a PNEUMONIA image weighs {weight:.3g} in the loss")
+        mean.weight.copy_(torch.stack([trained.head.weight for trained in heads]).mean(0))
+        mean.bias.copy_(torch.stack([trained.head.bias for trained in heads]).mean(0))
+    val_loss, val_accuracy = validate(mean, data, balanced_criterion(data.train_labels))
+    return heads[0]._replace(head=mean, val_loss=val_loss, val_accuracy=val_accuracy)
 
 
 @contextlib.contextmanager
 def one_thread():
-    """One thread for torch: a sum then has one order, however many cores there are."""
-    threads = torch.get_num_threads()
+    """Lets torch use one thread, so that sums have the same order on every number of cores."""
+    n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(n_threads)
 
 
-# ---------------------------------------------------------------- data and outputs
+# ---------------------------------------------------------------- images and features
 
 
 def load_inputs(args, *outputs):
-    """(device, fast dtype, {split: [Xray]}, Backbone); checks the outputs, before the work."""
+    """Returns (Xrays of train/ and val/, Backbone, device, fast dtype for training views).
+
+    Raises an error if one of the files `outputs` cannot be written.
+    """
     device, dtype = common.pick_device(args.device)
     splits = ["train", "val"]
     if args.folds and not (args.data_dir / "val").exists():
-        splits.remove("val")  # cross-validation needs none
-    found = {"val": []} | read_split(args.data_dir, *splits)
+        splits = ["train"]  # cross-validation does not need val/
+    xrays = read_split(args.data_dir, *splits)
     backbone = common.build_backbone(args.arch, *load_weights(args))
     check_writable(*outputs)
-    return device, dtype, found, backbone
+    return xrays, backbone, device, dtype
 
 
-def load_features(backbone, images, n_views, args, device, dtype, compiled=False):
-    """(features float32 (N, n_views, width), the N images that could be read, those left out)."""
-    features, bad = common.extract_features(
-        backbone, images, n_views, args.window, device, dtype, args, compiled
+def load_features(backbone, xrays, args, device, dtype, for_training):
+    """Returns (features float32 (N, n_views, width), readable Xrays, {path: reason} of others).
+
+    for_training: all views, computed in `dtype`; otherwise only view 0, computed in float32.
+    Raises Failure if no readable image of a class is left.
+    """
+    features, readable, unreadable = common.extract_features(
+        backbone,
+        xrays,
+        args,
+        n_views=args.views if for_training else 1,
+        window=args.window,
+        device=device,
+        dtype=dtype if for_training else torch.float32,
+        compiled=args.compile and for_training,
     )
-    kept = common.drop_unreadable(images, bad, args.skip_bad)
-    images, skipped = [images[row] for row in kept], [images[row] for row in sorted(bad)]
+    labels = {xray.label for xray in readable}
     for label, name in enumerate(CLASSES):
-        if all(image.label != label for image in images):
-            raise Failure(f"{args.data_dir}: no readable {name} image is left for training")
-    return features[kept] if bad else features, images, skipped
+        if label not in labels:
+            raise Failure(f"{args.data_dir}: no readable {name} image is left")
+    return features, readable, unreadable
 
 
-def labels_of(images):
-    return torch.tensor([float(image.label) for image in images])
+def labels_of(xrays):
+    """Returns the labels as float32 (N,)."""
+    return torch.tensor([float(xray.label) for xray in xrays])
 
 
-def describe_training(args, backbone, best, heads, images, skipped):
-    """What model.json says, but for what is fitted on val and the SHA-256 of the model."""
+def print_class_weight(labels):
+    """Prints the weight of a positive image in the loss, if the classes differ in size."""
+    n_positive = int(labels.sum())
+    n_negative = len(labels) - n_positive
+    if n_positive != n_negative:
+        negative, positive = CLASSES
+        weight = balanced_criterion(labels).pos_weight.item()
+        counts = f"{n_negative} {negative} and {n_positive} {positive} images"
+        weighting = f"in the loss, each {positive} image has the weight {weight:.3g}"
+        print(f"Training on {counts}: {weighting}")
 
-    def below(image):
-        return image.path.relative_to(args.data_dir).as_posix()
 
-    def plain(value):
-        return value if isinstance(value, int | float) else str(value)
+# ---------------------------------------------------------------- train
 
-    transforms = common.PREPARE, common.AUGMENT, backbone.normalize
-    scores = ("epoch", "val_loss", "val_accuracy")
+
+def train(args):
+    """Trains, calibrates and saves a head."""
+    info_file = args.checkpoint.with_suffix(".json")
+    report_file = args.results_dir / "metrics.json"
+    xrays, backbone, device, dtype = load_inputs(args, args.checkpoint, info_file, report_file)
+    train_xrays = [xray for xray in xrays if xray.split == "train"]
+    val_xrays = [xray for xray in xrays if xray.split == "val"]
+    train_features, train_xrays, unreadable_train = load_features(
+        backbone, train_xrays, args, device, dtype, for_training=True
+    )
+    val_features, val_xrays, unreadable_val = load_features(
+        backbone, val_xrays, args, device, dtype, for_training=False
+    )
+    common.end_other_ranks()
+    val_features = val_features[:, 0]
+    data = HeadData(train_features, labels_of(train_xrays), val_features, labels_of(val_xrays))
+    print_class_weight(data.train_labels)
+
+    with one_thread():
+        best, heads = train_seeds(data, args)
+        print(f"Training complete. Best validation loss: {best.val_loss:.4f}")
+        head, fitted = fit_on_val(best.head, data, val_xrays, args)
+
+    description = describe_training(args, backbone, best, heads)
+    description |= describe_images(args, train_xrays + val_xrays, unreadable_train | unreadable_val)
+    standardize = Standardize(train_features[:, :1])  # of view 0, the images as they are
+    mean, std = standardize.mean, standardize.std
+    description["features"] = describe_features(mean, std, standardize(val_features))
+    save_checkpoint(args.checkpoint, backbone, head, description | fitted)
+    write_history(args.results_dir / "history.csv", best.history)
+    threshold = f"threshold {fitted['threshold']:.3g}"
+    scores = [f"{name} {format_interval(v)}" for name, v in fitted["at_threshold"].items()]
+    print(f"At {threshold} on val: {', '.join(scores)}")
+
+    done, kept = f"{len(best.history)} epochs", f"epoch {best.epoch}"
+    if args.seeds > 1:
+        done, kept = f"{len(heads)} heads", f"the mean of {len(heads)} heads"
+    saved = f"{kept} in {args.checkpoint}, {threshold}"
+    if best.exit_code:
+        raise Failure(f"interrupted after {done}; saved {saved}", best.exit_code)
+    draw_training(args, best, train_xrays)
+    print(f"Saved {saved}; curves and samples are in {args.results_dir}")
+    if report_file.exists():
+        print(f"{report_file} belongs to an earlier model; run evaluate.py for the new one")
+
+
+def fit_on_val(head, data, val_xrays, args):
+    """Calibrates a head, and chooses the threshold, on the validation images.
+
+    Returns (the calibrated nn.Linear, what model.json says about it).
+    """
+    logits = head(data.val_features).squeeze(1).detach()
+    slope, intercept = 1.0, 0.0
+    if not args.no_calibrate:
+        slope, intercept = calibrate(logits, data.val_labels)
+    probs = (slope * logits + intercept).sigmoid()
+    threshold = fit_threshold(args.threshold, probs, data.val_labels)
+    calibrated = copy.deepcopy(head)
+    with torch.no_grad():
+        calibrated.weight.mul_(slope)
+        calibrated.bias.mul_(slope).add_(intercept)
+    return calibrated, {
+        "threshold": threshold,
+        "slope": slope,
+        "intercept": intercept,
+        "at_threshold": accuracy_intervals(probs > threshold, data.val_labels, val_xrays),
+    }
+
+
+def describe_training(args, backbone, best, heads):
+    """Returns the content of model.json, except the images and what is fitted on val/."""
+    transforms = (common.PREPARE, common.AUGMENT, backbone.normalize)
+    flags = {}
+    for name, value in vars(args).items():
+        flags[name] = value if isinstance(value, int | float) else str(value)
     return {
         "arch": args.arch,
         "weights": args.weights,
         "classes": list(CLASSES),
-        "transforms": [str(each) for each in transforms],
+        "transforms": [str(transform) for transform in transforms],
         "window": args.window,
         "threshold_rule": "fixed" if isinstance(args.threshold, float) else args.threshold,
-        **{name: getattr(best, name) for name in scores},
+        **val_scores(best),
         "seed": args.seed,
-        "seeds": [{name: getattr(each, name) for name in scores} for each in heads],
-        "flags": {name: plain(value) for name, value in vars(args).items()},
+        "seeds": [val_scores(trained) for trained in heads],
+        "flags": flags,
         "versions": versions("torch", "torchvision", "pillow"),
         "date": time.strftime("%Y-%m-%d %H:%M:%S%z"),
-        "images": {name: {below(i): i.sha256 for i in found} for name, found in images.items()},
-        "skipped": [below(image) for image in skipped],
     }
+
+
+def val_scores(trained):
+    """Returns {epoch, val_loss, val_accuracy} of a TrainedHead."""
+    return {name: getattr(trained, name) for name in ("epoch", "val_loss", "val_accuracy")}
+
+
+def describe_images(args, xrays, unreadable):
+    """Returns what model.json says about the images, with paths relative to the data folder."""
+    images = {"train": {}, "val": {}}
+    for xray in xrays:
+        path = xray.path.relative_to(args.data_dir).as_posix()
+        images[xray.split][path] = xray.sha256
+    skipped = [path.relative_to(args.data_dir).as_posix() for path in unreadable]
+    return {"images": images, "skipped": skipped}
+
+
+def draw_training(args, best, xrays):
+    """Draws the curves of the training, and at most 8 views of each sample image."""
+    draw_curves(args.results_dir / "curves.png", best.history, best.epoch)
+    samples, views = choose_samples(xrays), []
+    for xray in samples:
+        image = common.load_image(xray.path, args.window)
+        numbers = range(min(args.views, 8))
+        views.append([common.make_view(image, number, xray.sha256) for number in numbers])
+    draw_samples(args.results_dir / "samples.png", samples, views)
 
 
 # ---------------------------------------------------------------- cross-validation
 
 
-def predict_held_out(views, features, labels, train, val, held_out, args, seed):
-    """(P(PNEUMONIA) of the held-out rows, best epoch) of a head trained on `train`."""
-    data = views[train], labels[train], features[val], labels[val]
-    trained = train_head(*data, args, seed, log=lambda line: None)
-    if trained.interrupted:
-        raise trained.interrupted
-    with torch.no_grad():
-        logits = trained.head(features).squeeze(1)
-    slope, intercept = (1, 0) if args.no_calibrate else calibrate(logits[val], labels[val])
-    return (slope * logits[held_out] + intercept).sigmoid(), trained.epoch
+class FoldData(NamedTuple):
+    """Features and labels of all images of train/ and val/."""
+
+    views: torch.Tensor  # float32 (N, n_views, width), for training
+    features: torch.Tensor  # float32 (N, width), for validation and prediction
+    labels: torch.Tensor  # float32 (N,)
 
 
 def cross_validate(args):
-    """--folds: a fold is held out, the next one stops the training early, the others train it.
+    """Cross-validates: one fold is predicted, the previous one stops the training, others train.
 
-    Scores the held-out predictions of each repeat as one table. The folds' spread, and what the
-    single split of train/ and val/ says, stand beside it.
+    The predictions of each repeat are scored together. cv.json also holds the spread of the folds,
+    and the scores on val/ of one head that was trained on train/.
     """
-    names = "cv.json", "doubtful_labels.csv", "doubtful_labels.png"
-    path, table, sheet = (args.results_dir / name for name in names)
-    device, dtype, found, backbone = load_inputs(args, path, table, sheet)
-    both = found["train"] + found["val"]
-    views, images, _ = load_features(
-        backbone, both, args.views, args, device=device, dtype=dtype, compiled=args.compile
-    )
-    features, _, _ = load_features(  # what is scored is float32
-        backbone, images, 1, args, device=device, dtype=torch.float32
-    )
+    json_file = args.results_dir / "cv.json"
+    table_file = args.results_dir / "doubtful_labels.csv"
+    sheet_file = table_file.with_suffix(".png")
+    xrays, backbone, device, dtype = load_inputs(args, json_file, table_file, sheet_file)
+    views, xrays, _ = load_features(backbone, xrays, args, device, dtype, for_training=True)
+    features, _, _ = load_features(backbone, xrays, args, device, dtype, for_training=False)
     common.end_other_ranks()
-    features, labels = features[:, 0], labels_of(images)
-    data, n_train = (views, features, labels), sum(i.path.parts[-3] == "train" for i in images)
+    data = FoldData(views, features[:, 0], labels_of(xrays))
 
-    by_repeat, by_fold, epochs, single = [], [], [], {}
-    bar = tqdm(total=args.folds * args.repeats, unit=" heads", disable=None)
-    with one_thread(), bar:
+    with one_thread():
+        probs, fold_scores, epochs = predict_all_folds(data, xrays, args)
+        single_split = score_single_split(data, xrays, args)
+    metrics = summarise_folds(probs, fold_scores, single_split, data.labels, xrays, args)
+    epochs = folds.spread(epochs) | {"single_split": single_split.get("epoch")}
+    folds.print_cross_validation(metrics, epochs, len(xrays), args)
+    content = {"folds": args.folds, "repeats": args.repeats, "n": len(xrays)}
+    write_json(json_file, content | {"metrics": metrics, "epochs": epochs})
+    order, table = folds.rank_doubtful(probs, data.labels, xrays, args.threshold, args.data_dir)
+    folds.write_doubtful(table_file, table)
+    pictures = [common.load_image(xrays[row].path, args.window) for row in order[: folds.N_DRAWN]]
+    folds.draw_doubtful(sheet_file, table, pictures)
+    names = f"{json_file}, {table_file.name} and {sheet_file.name}"
+    print(f"Wrote {names}; the test images were not used")
+
+
+def predict_all_folds(data, xrays, args):
+    """Predicts each image with heads that were not trained on it.
+
+    Returns (probabilities float32 (n_repeats, N), scores of each fold, best epoch of each head).
+    """
+    from cxr.scores import score  # slow to import: torchmetrics
+
+    by_repeat, fold_scores, epochs = [], [], []
+    with tqdm(total=args.folds * args.repeats, unit=" heads", disable=None) as bar:
         for seed in range(args.seed, args.seed + args.repeats):
-            folds, probs = patient_folds(images, labels, args.folds, seed), torch.zeros(len(labels))
-            for i, held_out in enumerate(folds):
-                val = folds[i - 1]
-                train = torch.cat(
-                    [rows for rows in folds if rows is not val and rows is not held_out]
-                )
-                probs[held_out], epoch = predict_held_out(*data, train, val, held_out, args, seed)
-                by_fold.append(score(probs[held_out], labels[held_out].long(), args.threshold))
+            parts = folds.patient_folds(xrays, data.labels, args.folds, seed)
+            probs = torch.zeros(len(xrays))
+            for i, held_out in enumerate(parts):
+                val = parts[i - 1]  # before the first fold: the last one
+                train = torch.cat([p for p in parts if p is not val and p is not held_out])
+                probs[held_out], epoch = predict_rows(data, train, val, held_out, args, seed)
+                labels = data.labels[held_out].long()
+                fold_scores.append(score(probs[held_out], labels, args.threshold))
                 epochs.append(epoch)
                 bar.update()
             by_repeat.append(probs)
-        if found["val"]:
-            train, val = torch.arange(len(labels)).split([n_train, len(labels) - n_train])
-            probs, single["epoch"] = predict_held_out(*data, train, val, val, args, args.seed)
-            single |= score(probs, labels[val].long(), args.threshold)
+    return torch.stack(by_repeat), fold_scores, epochs
 
-    probs = torch.stack(by_repeat)
-    shares = accuracy_intervals(probs > args.threshold, labels, images)
-    pooled = [score(each, labels.long(), args.threshold) for each in probs]
-    metrics = {
-        name: {"value": spread([scores[name] for scores in pooled])["mean"]}
-        | {"low": None, "high": None}
-        | shares.get(name, {})
-        | spread([scores[name] for scores in by_fold])
-        | {"single_split": single.get(name)}
-        for name in SCORES
-    }
-    epochs = spread(epochs) | {"single_split": single.get("epoch")}
-    print_cross_validation(metrics, epochs, len(labels), args)
-    about = {"folds": args.folds, "repeats": args.repeats, "n": len(labels)}
-    write_json(path, about | {"metrics": metrics, "epochs": epochs})
-    worst = write_doubtful(table, probs, labels, images, args)
-    draw_doubtful(sheet, worst, [common.load_image(image.path, args.window) for image, _ in worst])
-    print(f"Wrote {path}, {table.name} and {sheet.name}; the test images were not opened")
+
+def predict_rows(data, train, val, rows, args, seed):
+    """Trains a head on the rows `train`, stops and calibrates it by `val`, and predicts `rows`.
+
+    Returns (probabilities float32, best epoch).
+    """
+    labels = data.labels
+    head_data = HeadData(data.views[train], labels[train], data.features[val], labels[val])
+    trained = train_head(head_data, args, seed, log=lambda line: None)
+    if trained.exit_code:
+        raise Failure(INTERRUPTED, trained.exit_code)
+    with torch.no_grad():
+        logits = trained.head(data.features).squeeze(1)
+    slope, intercept = 1, 0
+    if not args.no_calibrate:
+        slope, intercept = calibrate(logits[val], labels[val])
+    return (slope * logits[rows] + intercept).sigmoid(), trained.epoch
+
+
+def score_single_split(data, xrays, args):
+    """Returns the scores on val/ of a head trained on train/; {} if there is no val/.
+
+    They are too good, because val/ stopped and calibrated this head.
+    """
+    from cxr.scores import score
+
+    train = torch.tensor([row for row, xray in enumerate(xrays) if xray.split == "train"])
+    val = torch.tensor([row for row, xray in enumerate(xrays) if xray.split == "val"])
+    if len(val) == 0:
+        return {}
+    probs, epoch = predict_rows(data, train, val, val, args, args.seed)
+    return {"epoch": epoch} | score(probs, data.labels[val].long(), args.threshold)
+
+
+def summarise_folds(probs, fold_scores, single_split, labels, xrays, args):
+    """Returns {score: {value, low, high, mean, deviation, min, max, single_split}} for cv.json.
+
+    value, low, high: the mean over the repeats, with its interval. The keys mean, deviation, min
+    and max: over the folds. single_split: of score_single_split.
+    """
+    from cxr.scores import SCORES, score
+
+    pooled = [score(repeat, labels.long(), args.threshold) for repeat in probs]
+    intervals = accuracy_intervals(probs > args.threshold, labels, xrays)
+    metrics = {}
+    for name in SCORES:
+        mean = folds.spread([scores[name] for scores in pooled])["mean"]
+        value = intervals.get(name, {"value": mean, "low": None, "high": None})
+        over_folds = folds.spread([scores[name] for scores in fold_scores])
+        metrics[name] = value | over_folds | {"single_split": single_split.get(name)}
+    return metrics
 
 
 # ---------------------------------------------------------------- command line
@@ -355,118 +531,58 @@ def cross_validate(args):
 
 def parse_args(argv=None):
     parser = Parser("train.py", __doc__)
-    add_flags(parser, *RUN_FLAGS)
-    add = parser.add_argument
+    data, training, output, machine = parser.groups("data", "training", "output", "machine")
+    add_network_flags(data, output, machine)
     # fmt: off
-    add("--arch", default="resnet50", metavar="NAME",
-        help="a torchvision classifier that ends in a Linear")
-    add("--weights", default="imagenet", metavar="WHAT",
-        help="imagenet, a state dict FILE, or random (for demos)")
-    add("--window", type=number(float, 0, 40), default=2.0, metavar="PERCENT",
-        help="of an image's pixels turn black, and as many white (0 = grey levels as they are)")
-    add("--views", type=number(int, 1, 999), default=8, metavar="N",
-        help="variants of a training image (1 = itself, 2 = and its mirror image)")
-    add("--compile", action="store_true",
-        help="compile the network for the training views; pays from some 10,000")
-    add("--epochs", type=number(int, 1), default=50, metavar="N", help="epochs at most")
-    add("--lr", type=number(float, 0, 1e9), default=1e-3, metavar="X",
-        help="Adam's learning rate at the start")
-    add("--weight-decay", type=number(float, 0, 1e9), default=0.0, metavar="X",
-        help="Adam's weight decay, an L2 penalty")
-    add("--patience", type=number(int, 0), default=5, metavar="N",
-        help="epochs without a better val loss before stopping (0 = never)")
-    add("--threshold", type=threshold_rule, default=0.5, metavar="T",
-        help="P(PNEUMONIA) above which an image is PNEUMONIA, or a rule fitted on val: "
-             "youden, sensitivity=0.95")
-    add("--no-calibrate", action="store_true",
-        help="save the probabilities as trained, without Platt's slope and intercept")
-    add("--seeds", type=number(int, 1), default=1, metavar="N",
-        help="heads to train, whose mean is saved")
-    add("--folds", type=number(int, 0), default=0, metavar="N",
-        help="cross-validate train and val instead (0 = no, or 3 and more)")
-    add("--repeats", type=number(int, 1), default=1, metavar="N", help="draws of the folds")
+    data.add_argument("--window", type=number(float, 0, 40), default=2.0, metavar="PERCENT",
+        help="the darkest PERCENT of an image's pixels become black, and the brightest white (0 = "
+             "8-bit images stay unchanged)")
+    training.add_argument("--arch", default="resnet50", metavar="NAME",
+        help="a classifier of torchvision that ends in a Linear layer")
+    training.add_argument("--weights", default="imagenet", metavar="WHAT",
+        help="imagenet, the FILE of a state dict, or random (for a demo)")
+    training.add_argument("--views", type=number(int, 1, 999), default=8, metavar="N",
+        help="variants of each training image (1 = only the image, 2 = also its mirror image, "
+             "more = also random changes of pose and exposure)")
+    training.add_argument("--epochs", type=number(int, 1), default=50, metavar="N",
+        help="largest number of epochs")
+    training.add_argument("--lr", type=number(float, 0, 1e9), default=1e-3, metavar="X",
+        help="learning rate of Adam in the first epoch")
+    training.add_argument("--weight-decay", type=number(float, 0, 1e9), default=0.0, metavar="X",
+        help="weight decay of Adam, an L2 penalty (0 = none)")
+    training.add_argument("--patience", type=number(int, 0), default=5, metavar="N",
+        help="epochs without a better val loss before stopping (0 = never stop early)")
+    training.add_argument("--threshold", type=threshold_rule, default=0.5, metavar="T",
+        help="probability above which an image is PNEUMONIA: a number from 0 to 1, or a rule that "
+             "is fitted on val/ (youden, or sensitivity=0.95)")
+    training.add_argument("--no-calibrate", action="store_true",
+        help="leave the probabilities uncalibrated (no Platt scaling)")
+    training.add_argument("--seeds", type=number(int, 1), default=1, metavar="N",
+        help="number of heads to train; their mean is saved")
+    training.add_argument("--folds", type=number(int, 0), default=0, metavar="N",
+        help="cross-validate train/ and val/ with N folds instead of training (0 = train; "
+             "otherwise 3 or more)")
+    training.add_argument("--repeats", type=number(int, 1), default=1, metavar="N",
+        help="how often the folds are drawn, for --folds")
+    add_flags(training, "--seed")
+    machine.add_argument("--compile", action="store_true",
+        help="compile the network for the training views (faster only above about 10,000 views)")
     # fmt: on
     args = parser.parse_args(argv)
-    about = args.checkpoint.with_suffix(".json").name
     if args.folds in (1, 2):
         parser.error(f"--folds {args.folds}: expected 3 or more, to train, stop early and test")
     if args.folds and not isinstance(args.threshold, float):
-        parser.error(f"--threshold {args.threshold}: cross-validation scores at a fixed threshold")
-    if (args.seeds if args.folds else args.repeats) > 1:
-        parser.error("--repeats needs --folds, and --seeds goes without them")
-    if args.checkpoint.suffix not in (".pth", ".pt") or about == SPLIT_FILE:
+        parser.error(f"--threshold {args.threshold}: cross-validation needs a number, not a rule")
+    if args.folds and args.seeds > 1:
+        parser.error("--seeds and --folds cannot be used together")
+    if args.repeats > 1 and not args.folds:
+        parser.error("--repeats needs --folds")
+    description_file = args.checkpoint.with_suffix(".json").name
+    if args.checkpoint.suffix not in (".pth", ".pt") or description_file == SPLIT_FILE:
         parser.error(f"--checkpoint {args.checkpoint}: expected a name like model.pth")
     if args.checkpoint.resolve() == Path(args.weights).resolve():
-        parser.error(f"--checkpoint {args.checkpoint}: these are the --weights; choose another")
+        parser.error(f"--checkpoint {args.checkpoint}: is the file of --weights; use another name")
     return args
-
-
-def sample_views(images, args):
-    """Of each image the first views, 8 at most: PIL, mode L."""
-    found = []
-    for image in images:
-        picture, numbers = common.load_image(image.path, args.window), range(min(args.views, 8))
-        found.append([common.make_view(picture, number, image.sha256) for number in numbers])
-    return found
-
-
-def train(args):
-    about, report = args.checkpoint.with_suffix(".json"), args.results_dir / "metrics.json"
-    device, dtype, found, backbone = load_inputs(args, args.checkpoint, about, report)
-    views, train_images, skipped = load_features(
-        backbone,
-        found["train"],
-        args.views,
-        args,
-        device=device,
-        dtype=dtype,
-        compiled=args.compile,
-    )
-    features, val_images, val_skipped = load_features(  # what is scored is float32
-        backbone, found["val"], 1, args, device=device, dtype=torch.float32
-    )
-    common.end_other_ranks()
-    features, labels = features[:, 0], labels_of(val_images)
-    print_class_weight(labels_of(train_images))
-
-    with one_thread():
-        best, heads = train_seeds(views, labels_of(train_images), features, labels, args)
-        print(f"Training complete. Best validation loss: {best.val_loss:.4f}")
-        logits = best.head(features).squeeze(1).detach()
-        slope, intercept = (1.0, 0.0) if args.no_calibrate else calibrate(logits, labels)
-        probs = (slope * logits + intercept).sigmoid()
-        threshold = fit_threshold(args.threshold, probs, labels)
-    with torch.no_grad():
-        best.head.weight *= slope
-        best.head.bias.mul_(slope).add_(intercept)
-
-    fitted = {"threshold": threshold, "slope": slope, "intercept": intercept}
-    fitted["at_threshold"] = accuracy_intervals(probs > threshold, labels, val_images)
-    images = {"train": train_images, "val": val_images}
-    described = (
-        describe_training(args, backbone, best, heads, images, skipped + val_skipped) | fitted
-    )
-    standardize = Standardize(views[:, :1])
-    described["features"] = describe_features(
-        standardize.mean, standardize.std, standardize(features)
-    )
-    save_checkpoint(args.checkpoint, backbone, best.head, described)
-    write_history(args.results_dir / "history.csv", best.history)
-    scores = ", ".join(
-        "{} {value:.3f} ({low:.3f} to {high:.3f})".format(name, **share)
-        for name, share in fitted["at_threshold"].items()
-    )
-    print(f"At threshold {threshold:.3g} on val: {scores}")
-    kept = f"epoch {best.epoch} in {args.checkpoint}, threshold {threshold:.3g}"
-    if stop := best.interrupted:
-        done = f"{len(heads)} heads" if args.seeds > 1 else f"{len(best.history)} epochs"
-        raise type(stop)(f"interrupted after {done}; kept the best so far, {kept}")
-    draw_curves(args.results_dir / "curves.png", best.history, best.epoch)
-    samples = choose_samples(train_images)
-    draw_samples(args.results_dir / "samples.png", samples, sample_views(samples, args))
-    print(f"Saved {kept}; curves and samples in {args.results_dir}")
-    if report.exists():
-        print(f"{report} is about an earlier model: run evaluate.py")
 
 
 def main(argv=None):

@@ -1,4 +1,4 @@
-"""Platt scaling and the threshold, fitted on val/."""
+"""Calibration (Platt scaling) and the threshold. Both are fitted on val/."""
 
 import argparse
 import contextlib
@@ -10,79 +10,105 @@ from torch import nn
 from cxr.errors import warn
 
 
-def fit_logistic(x, labels, offset, clusters):
-    """(coefficients (k,), their standard errors): logistic regression of labels (n,) on x (n, k).
+def fit_logistic(x, labels, offset, patients):
+    """Fits a logistic regression by maximum likelihood.
 
-    offset: (n,), added to the logit. The errors are the sandwich's, images clustered by patient.
+    x: float64 (n, k); labels: (n,), between 0 and 1; offset: number or (n,), added to the logits;
+    patients: (n,). Returns (coefficients (k,), their standard errors (k,)).
     """
-    data = torch.as_tensor(x), torch.as_tensor(labels).double(), torch.as_tensor(offset)
+    x_tensor, labels_tensor = torch.as_tensor(x), torch.as_tensor(labels).double()
+    offset_tensor = torch.as_tensor(offset)
     beta = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
-    precise = {"tolerance_grad": 1e-9, "tolerance_change": 1e-12, "max_iter": 300}
-    optimizer = torch.optim.LBFGS([beta], line_search_fn="strong_wolfe", **precise)
+    options = {"tolerance_grad": 1e-9, "tolerance_change": 1e-12, "max_iter": 300}
+    optimizer = torch.optim.LBFGS([beta], line_search_fn="strong_wolfe", **options)
+    loss_function = nn.BCEWithLogitsLoss(reduction="sum")
 
     def closure():
         optimizer.zero_grad()
-        logits = data[0] @ beta + data[2]
-        loss = nn.functional.binary_cross_entropy_with_logits(logits, data[1], reduction="sum")
+        loss = loss_function(x_tensor @ beta + offset_tensor, labels_tensor)
         loss.backward()
         return loss
 
     optimizer.step(closure)
     beta = beta.detach().numpy()
-    p = torch.sigmoid(torch.as_tensor(x @ beta + offset)).numpy()
-    bread = np.linalg.pinv((x * (p * (1 - p))[:, None]).T @ x)
-    _, patient = np.unique(clusters, return_inverse=True)
-    gradients = np.zeros((patient.max() + 1, x.shape[1]))
-    np.add.at(gradients, patient, x * (labels - p)[:, None])
-    c = len(gradients)
-    variance = bread @ (gradients.T @ gradients) @ bread * c / max(c - 1, 1)
-    return beta, np.sqrt(np.diag(variance))
+    probs = torch.sigmoid(torch.as_tensor(x @ beta + offset)).numpy()
+    return beta, sandwich_errors(x, labels, probs, patients)
+
+
+def sandwich_errors(x, labels, probs, patients):
+    """Returns the sandwich estimator's standard errors of logistic coefficients, by patient."""
+    # The variance is H⁻¹ G H⁻¹: H is the Hessian, and G the sum over patients of the outer product
+    # of the patient's gradient.
+    inverse_hessian = np.linalg.pinv((x * (probs * (1 - probs))[:, None]).T @ x)
+    _, patient = np.unique(patients, return_inverse=True)
+    n_patients = patient.max() + 1
+    gradients = np.zeros((n_patients, x.shape[1]))
+    np.add.at(gradients, patient, x * (labels - probs)[:, None])
+    outer = gradients.T @ gradients
+    correction = max(n_patients - 1, 1)
+    variance = inverse_hessian @ outer @ inverse_hessian * n_patients / correction
+    return np.sqrt(np.diag(variance))
 
 
 def calibrate(logits, labels):
-    """(slope, intercept): sigmoid(slope * logit + intercept) is the calibrated probability.
+    """Fits (slope, intercept): sigmoid(slope * logit + intercept) is the calibrated probability.
 
-    Platt scaling (1999): logistic regression of the validation labels on their logits, towards his
-    targets (n+ + 1)/(n+ + 2) and 1/(n- + 2), which keep it finite where the logits separate the
-    classes. An intercept is needed because pos_weight trains for equal shares of the classes.
+    logits, labels: float32 (M,). Returns (1, 0), with a warning, if the slope is not positive.
+    Source: Platt scaling (1999), a logistic regression of the validation labels on their logits.
     """
-    n_positive, n = labels.sum().item(), len(labels)
-    targets = np.where(labels > 0.5, (n_positive + 1) / (n_positive + 2), 1 / (n - n_positive + 2))
+    n, n_positive = len(labels), labels.sum().item()
+    # Targets other than 0 and 1 keep the result finite if the logits separate the classes.
+    positive_target = (n_positive + 1) / (n_positive + 2)
+    negative_target = 1 / (n - n_positive + 2)
+    targets = np.where(labels > 0.5, positive_target, negative_target)
+    # The intercept corrects pos_weight, which trains for equally frequent classes.
     x = np.column_stack([logits, np.ones(n)]).astype(np.float64)
-    slope, intercept = map(float, fit_logistic(x, targets, 0, range(n))[0])
+    coefficients, _ = fit_logistic(x, targets, offset=0, patients=range(n))
+    slope, intercept = coefficients.tolist()
     if slope <= 0:
-        warn("not calibrated: the positive images of val/ do not score higher than the others")
+        reason = "positive validation images do not have higher scores than the others"
+        warn(f"the probabilities are not calibrated, because {reason}")
         return 1.0, 0.0
     return slope, intercept
 
 
 def fit_threshold(rule, probs, labels):
-    """The probability above which an image counts as PNEUMONIA, by a rule on the validation set.
+    """Chooses the probability above which an image counts as positive, on the validation set.
 
-    A number is itself. youden: the largest sensitivity + specificity - 1 (Youden 1950).
-    sensitivity=S: the highest threshold that finds at least the share S of the PNEUMONIA images.
-    Between two scores, the middle is taken.
+    rule: a number (returned as it is), "youden" (maximises sensitivity + specificity, Youden
+    1950), or "sensitivity=S" (the highest threshold with a sensitivity of at least S).
+    probs, labels: float32 (N,); label 1 is the positive class.
     """
     if isinstance(rule, float):
         return rule
-    scores = probs.unique()
-    middles = (scores[1:] + scores[:-1]) / 2
-    middles = torch.where(middles < scores[1:], middles, scores[:-1])  # of neighbours in float32
-    cuts = torch.cat([scores[:1] / 2, middles])
-    above = probs[None] > cuts[:, None]
-    sensitivity = above[:, labels > 0.5].double().mean(1)
+    thresholds = candidate_thresholds(probs)
+    predictions = probs[None] > thresholds[:, None]  # one row for each threshold
+    sensitivity = predictions[:, labels == 1].double().mean(1)
     if rule == "youden":
-        false_alarms = above[:, labels < 0.5].double().mean(1)
-        return cuts[(sensitivity - false_alarms).argmax()].item()
-    return cuts[sensitivity >= float(rule.partition("=")[2])].max().item()
+        false_positive_rate = predictions[:, labels == 0].double().mean(1)
+        best = (sensitivity - false_positive_rate).argmax()
+        return thresholds[best].item()
+    wanted = float(rule.removeprefix("sensitivity="))
+    return thresholds[sensitivity >= wanted].max().item()
+
+
+def candidate_thresholds(probs):
+    """Returns half of the lowest probability, and one threshold between each two neighbours."""
+    values = probs.unique()  # sorted
+    lower, upper = values[:-1], values[1:]
+    middle = (lower + upper) / 2
+    # Two neighbouring float32 numbers have no number between them: take the lower one.
+    middle = torch.where(middle < upper, middle, lower)
+    return torch.cat([values[:1] / 2, middle])
 
 
 def threshold_rule(text):
-    """argparse type of --threshold: a float in [0, 1], "youden" or "sensitivity=S"."""
+    """The argparse type of --threshold: a number from 0 to 1, "youden" or "sensitivity=S"."""
     if text == "youden":
         return text
     with contextlib.suppress(ValueError):
-        if 0 <= (share := float(text.removeprefix("sensitivity="))) <= 1:
-            return text if text.startswith("sensitivity=") else share
-    expected = "expected a number from 0 to 1, youden or sensitivity=0.95"
-    raise argparse.ArgumentTypeError(f"{expected}, found {text}")
+        value = float(text.removeprefix("sensitivity="))
+        if 0 <= value <= 1:
+            return text if text.startswith("sensitivity=") else value
+    expected = "a number from 0 to 1, youden or sensitivity=0.95"
+    raise argparse.ArgumentTypeError(f"expected {expected}, found {text}")

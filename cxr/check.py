@@ -1,129 +1,171 @@
-"""The report of `--check`."""
+"""The report of `split_val.py --check`: what is wrong with a data folder."""
 
 import hashlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
 
 from cxr.decode import explain_unreadable
-from cxr.duplicates import find_duplicates, find_negatives
+from cxr.duplicates import find_nearly_same, find_negatives, find_same
 from cxr.errors import Failure, is_system_error
-from cxr.folders import CLASSES, check_split_is_complete, list_split, list_val
+from cxr.folders import CLASSES, check_split_is_complete, list_splits, list_val
 from cxr.leaks import find_shared_patients
-from cxr.patients import identify_all, read_metadata
+from cxr.patients import Xray, identify_all, read_metadata
 from cxr.shortcuts import find_properties, find_shortcuts, image_numbers
+
+N_PROPERTIES = 4  # sizes, modes and formats that are printed
+LINES = 25  # errors and warnings that are printed
 
 
 class ExaminedXray(NamedTuple):
+    """An image, and what the check computes from it."""
+
+    xray: Xray
     file: str  # split/class/name, below the data folder
     folder: str  # split/class
-    split: str
-    label: int  # index into CLASSES
-    sha256: str  # of the file
-    pixels: str  # SHA-256 of the grey levels as decoded
-    patient: str  # not the group, which may merge patients; else the file itself
-    numbers: dict  # of common.image_numbers
-    properties: tuple  # size, mode and format as the report names them
+    patient: str  # the patient's name, or the file if it is unknown
+    pixels: str  # SHA-256 of the decoded grey levels
+    numbers: dict  # of cxr.shortcuts.image_numbers
+    properties: tuple  # size, mode and format, as text
     thumbnail: np.ndarray  # uint8 (96, 96), grey
 
 
-def examine_image(image, size):
-    """An ExaminedXray, or (file, reason) where the image cannot be read."""
-    path = image.path
-    split, name = path.parts[-3:-1]
-    file = f"{split}/{name}/{path.name}"
+def examine_image(xray, size):
+    """Decodes an image. Returns an ExaminedXray, or (file, reason) if it cannot be read."""
+    folder = f"{xray.split}/{CLASSES[xray.label]}"
+    file = f"{folder}/{xray.path.name}"
     try:
-        numbers, grey, scan = image_numbers(path, size)
-        properties = "{}x{}".format(*scan.size), scan.mode, scan.format
+        numbers, grey, decoded = image_numbers(xray.path, size)
     except Exception as error:  # damaged files make decoders raise nearly anything
         if is_system_error(error):
             raise
-        return file, explain_unreadable(path, error)
+        return file, explain_unreadable(xray.path, error)
+    width, height = decoded.size
     return ExaminedXray(
+        xray=xray,
         file=file,
-        folder=f"{split}/{name}",
-        split=split,
-        label=CLASSES.index(name),
-        sha256=image.sha256,
+        folder=folder,
+        patient=xray.patient or file,
         pixels=hashlib.sha256(f"{grey.size}".encode() + grey.tobytes()).hexdigest(),
-        patient=image.patient or file,
         numbers=numbers,
-        properties=properties,
+        properties=(f"{width}x{height}", decoded.mode, decoded.format),
         thumbnail=np.asarray(grey.resize((96, 96), PIL.Image.Resampling.BOX)),
     )
 
 
-LINES = 25  # errors and warnings on the page
+def list_xrays(data_dir):
+    """Returns (splits that exist, their Xrays). Raises Failure as list_split does."""
+    check_split_is_complete(data_dir)
+    splits = ["train"]
+    if any(list_val(data_dir).values()):
+        splits.append("val")
+    if (data_dir / "test").exists():
+        splits.append("test")
+    listed = list_splits(data_dir, splits, warn_of_others=True)
+    return splits, identify_all(listed, read_metadata(data_dir))
 
 
 def examine(data_dir, size):
-    """Everything the check finds: what --json holds."""
-    check_split_is_complete(data_dir)
-    splits = ["train"] + ["val"] * any(list_val(data_dir).values())
-    splits += ["test"] * (data_dir / "test").exists()
-    listed = [each for split in splits for each in list_split(data_dir, split, others=True)]
-    images = identify_all(listed, read_metadata(data_dir))
+    """Examines a data folder. Returns the report as a dict, which is the content of --json.
+
+    size: see cxr.decode.decode. Raises Failure if no image of a class folder can be read.
+    """
+    splits, xrays = list_xrays(data_dir)
     with ThreadPoolExecutor() as pool:
-        looks = list(pool.map(lambda image: examine_image(image, size), images))
-    xrays = [look for look in looks if isinstance(look, ExaminedXray)]
-    unreadable = [look for look in looks if not isinstance(look, ExaminedXray)]
-    images = Counter(xray.folder for xray in xrays)
-    if len(images) < 2 * len(splits):
-        raise Failure(f"{data_dir}: no image of a folder can be read ({': '.join(unreadable[0])})")
+        results = list(pool.map(partial(examine_image, size=size), xrays))
+    examined = [result for result in results if isinstance(result, ExaminedXray)]
+    unreadable = [result for result in results if not isinstance(result, ExaminedXray)]
+    n_images = Counter(x.folder for x in examined)
+    patients = {(x.folder, x.patient) for x in examined}
+    if len(n_images) < len(CLASSES) * len(splits):  # a folder has no readable image
+        for file, reason in unreadable:
+            folder = file.rpartition("/")[0]
+            if folder not in n_images:
+                raise Failure(f"{data_dir / folder}: no image can be read ({file}: {reason})")
+
     report = {
-        "images": images,
-        "patients": Counter(folder for folder, _ in {(x.folder, x.patient) for x in xrays}),
+        "images": n_images,
+        "patients": Counter(folder for folder, _ in patients),
         "unreadable": unreadable,
-        "scored_on": splits[-1],
+        "scored_on": splits[-1],  # test/ if it exists
         "errors": [f"{file}: {reason}" for file, reason in unreadable],
         "warnings": [],
     }
     if "test" not in splits:
-        none = "no test/: nothing to report a result on; move whole patients there out of train/"
-        report["warnings"].append(f"{none} before the split")
-    find_duplicates(report, xrays)
-    find_negatives(report, xrays)
-    find_shared_patients(report, xrays)
-    find_properties(report, xrays)
-    find_shortcuts(report, xrays)
+        message = "there is no test/, so no result can be reported"
+        report["warnings"].append(f"{message}; before the split, move whole patients there")
+    checks = (find_same, find_nearly_same, find_negatives, find_shared_patients, find_properties)
+    for find in (*checks, partial(find_shortcuts, scored_on=splits[-1])):
+        entries, errors, warnings = find(examined)
+        report |= entries
+        report["errors"] += errors
+        report["warnings"] += warnings
     return report
 
 
 def print_report(report, size):
-    images, patients, scored = report["images"], report["patients"], report["scored_on"]
+    """Prints the report. size: pixels to which images are resized."""
     print("images (patients)" + "".join(f"{name:>18}" for name in CLASSES))
-    for split in report["same_patient_pairs"]:
-        folders = [f"{split}/{name}" for name in CLASSES]
-        cells = [f"{images[folder]} ({patients[folder]})" for folder in folders]
-        print(f"  {split:<15}" + "".join(f"{cell:>18}" for cell in cells))
+    pairs = report["same_patient_pairs"]
+    for split in pairs:
+        line = f"  {split:<15}"
+        for name in CLASSES:
+            folder = f"{split}/{name}"
+            cell = f"{report['images'][folder]} ({report['patients'][folder]})"
+            line += f"{cell:>18}"
+        print(line)
+    text = ", ".join(f"{n} in {split}/" for split, n in pairs.items())
+    print(f"pairs of images of one patient within a split: {text}")
+    print_properties(report, size)
+    print_single_numbers(report)
+
+    print(f"\n{count_of(report['errors'], 'error')}, {count_of(report['warnings'], 'warning')}")
+    messages = [f"error: {text}" for text in report["errors"]]
+    messages += [f"warning: {text}" for text in report["warnings"]]
+    for message in messages[:LINES]:
+        print(f"  {message}")
+    if len(messages) > LINES:
+        print(f"  and {len(messages) - LINES} more; --json FILE writes all of them")
+
+
+def print_properties(report, size):
+    """Prints sizes, modes and formats of the image files, the most frequent ones first."""
     for key in ("sizes", "modes", "formats"):
-        properties = [f"{kind} ({sum(folders.values())})" for kind, folders in report[key].items()]
-        more = f" and {len(properties) - 4} more" if properties[4:] else ""
-        whole = f" (the whole film is resized to {size}x{size})" * (key == "sizes")
-        print(f"{key:<17} {', '.join(properties[:4])}{more}{whole}")
-    pairs = ", ".join(f"{n} in {split}" for split, n in report["same_patient_pairs"].items())
-    print(f"pairs of images of one patient inside a split: {pairs}")
-    fitted = "the other images" if report["shift"] else "other patients"
-    print(
-        f"\nShortcuts: how well one number, fitted on {fitted}, separates the classes of {scored}/"
-    )
+        texts = [f"{name} ({sum(counts.values())})" for name, counts in report[key].items()]
+        line = ", ".join(texts[:N_PROPERTIES])
+        if len(texts) > N_PROPERTIES:
+            line += f" and {len(texts) - N_PROPERTIES} more"
+        if key == "sizes":
+            line += f"; the whole image is resized to {size}x{size}"
+        print(f"{key:<17} {line}")
+
+
+def print_single_numbers(report):
+    """Prints how well the numbers separate the classes, and one split from the others."""
+    split = report["scored_on"]
+    fitted_on = "the other images" if report["shift"] else "other patients"
+    print(f"\nShortcuts: how well a simple measurement separates the classes of {split}/ without a")
+    print(f"network. It is fitted on {fitted_on}. The rule is for {CLASSES[1]}. ! marks an alarm.")
     for row in report["shortcuts"]:
-        rule = f"  {row['number']:<15}{row['rule']:<12}"
         scores = f"accuracy {row['accuracy']:.3f} (n {row['n']})   AUROC {row['auroc']:.3f}"
-        print(f"{rule} {scores}{' !' * row['alarm']}")
-    if report["shift"]:
-        what = f"tells {scored}/ from the other images of a class"
-        print(f"\nShift: how well one number {what} (AUROC; 0.5: not at all)")
+        mark = " !" if row["alarm"] else ""
+        print(f"  {row['number']:<15}{row['rule']:<12} {scores}{mark}")
+
+    if report["shift"]:  # empty if there is only one split
+        print(f"\nShift: how well a simple measurement separates {split}/ from the other images of")
+        print("the same class (AUROC; 0.5: not at all). ! marks an alarm.")
     for row in report["shift"]:
-        cells = [f"{n} {row[n]['auroc']:.3f} {'!' if row[n]['alarm'] else ' '}" for n in CLASSES]
-        print(f"  {row['number']:<15}", *cells, sep="   ")
-    texts = [f"{level}: {text}" for level in ("error", "warning") for text in report[f"{level}s"]]
-    colon = ":" if texts else ""
-    print(f"\n{len(report['errors'])} errors, {len(report['warnings'])} warnings{colon}")
-    if texts[LINES:]:
-        texts[LINES:] = [f"and {len(texts) - LINES} more; --json FILE holds all"]
-    for text in texts:
-        print(f"  {text}")
+        line = f"  {row['number']:<15}"
+        for name in CLASSES:
+            mark = "!" if row[name]["alarm"] else " "
+            line += f"   {name} {row[name]['auroc']:.3f} {mark}"
+        print(line)
+
+
+def count_of(items, noun):
+    """Returns "1 error" or "2 errors"."""
+    return f"{len(items)} {noun}" if len(items) == 1 else f"{len(items)} {noun}s"

@@ -1,4 +1,4 @@
-"""Reads state dicts safely and writes ours."""
+"""Reads state dicts safely, finds pretrained weights, and writes our checkpoint."""
 
 import http.client
 import io
@@ -12,133 +12,181 @@ from pathlib import Path
 import torch
 from torchvision.models import get_model_weights
 
-from cxr.errors import FULL, Failure, warn
+from cxr.errors import DISK_FULL, Failure, warn
 from cxr.files import atomic_write, hash_file, write_json
 
 RESNET50_SHA256 = "11ad3fa62ca79e40addfd354a8ec4b7c75143b3038b8d2a807fbc68deab379ca"
-DOWNLOAD_ERRORS = (OSError, RuntimeError, http.client.HTTPException)
+
+TIMEOUT = 20  # seconds without an answer until a download is given up
+MAX_UNPACKING = 10  # a zip file that unpacks to more than 10 times its size is a bomb
 
 
 def load_weights(args):
-    """The state dict that --weights names, None for random; and the file that it is from."""
+    """Returns (state dict, its file) for --weights, or (None, None) for random weights."""
     if args.weights == "random":
-        warn("--weights random: nothing is pretrained, the result says nothing about this method")
+        warn("--weights random: the network is not pretrained, so the scores are only for a demo")
         return None, None
     path = imagenet_file(args.arch) if args.weights == "imagenet" else Path(args.weights)
     if not path.is_file():
-        raise Failure(f"--weights {path}: no such file; expected imagenet, random or a state dict")
+        expected = "expected imagenet, random or the file of a state dict"
+        raise Failure(f"--weights {path}: no such file; {expected}")
     return read_state_dict(path), path
 
 
 def imagenet_file(arch):
-    """The ImageNet weights of `arch` in torch's cache, downloaded if absent, their hash checked."""
+    """Returns the file of torchvision's ImageNet weights. Downloads it if it is missing.
+
+    Raises Failure if its SHA-256 is not the published one.
+    """
     try:
         url = get_model_weights(arch).DEFAULT.url
     except (ValueError, AttributeError):
-        unknown = f"--arch {arch}: torchvision knows no ImageNet weights for it"
-        raise Failure(f"{unknown}; use --weights FILE") from None
+        message = f"--arch {arch}: torchvision has no ImageNet weights for it; use --weights FILE"
+        raise Failure(message) from None
     path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
-    by_hand = f"or download {url} elsewhere, put it at {path}, or name it with --weights FILE"
-    # the file's name ends in the first 8 digits of its SHA-256
+    # The names of torchvision's files end in the first 8 digits of their SHA-256.
     sha256 = RESNET50_SHA256 if arch == "resnet50" else path.stem.rpartition("-")[2]
+    advice = f"or download {url} elsewhere, and copy it to {path} or use --weights FILE"
     if not path.exists():
-        print(f"Downloading {url} to {path}", flush=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        timeout = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(20)  # seconds: a server that stalls would hang for ever
-        try:
-            torch.hub.download_url_to_file(url, str(path), sha256, sys.stderr.isatty())
-        except DOWNLOAD_ERRORS as error:
-            status = 4 if isinstance(error, OSError) and error.errno in FULL else 2
-            failed = f"cannot download the ImageNet weights ({error})"
-            raise Failure(f"{failed}: try again, {by_hand}", status) from None
-        finally:
-            socket.setdefaulttimeout(timeout)
+        download(url, path, sha256, advice)
     if not hash_file(path).startswith(sha256):
-        raise Failure(
-            f"{path}: its SHA-256 is not that of the published file; delete it, {by_hand}"
-        )
+        raise Failure(f"{path}: its SHA-256 is not the published one; delete the file, {advice}")
     return path
 
 
+def download(url, path, sha256, advice):
+    """Downloads a file. Raises Failure with the advice if this fails. sha256: may be cut."""
+    print(f"Downloading {url} to {path}", flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    default_timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)  # otherwise a server that stops answering blocks forever
+    try:
+        torch.hub.download_url_to_file(url, str(path), sha256, sys.stderr.isatty())
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        message = f"cannot download the ImageNet weights ({error}): try again, {advice}"
+        status = 4 if getattr(error, "errno", None) in DISK_FULL else 2
+        raise Failure(message, status) from None
+    finally:
+        socket.setdefaulttimeout(default_timeout)
+
+
 def read_state_dict(path):
-    """{name: tensor}, the state dict in a file. Data, never code; a damaged file is a Failure."""
+    """Reads {name: tensor} from a checkpoint, without executing code in the file.
+
+    Raises Failure if the file is damaged, or if a tensor is impossible in a trained network.
+    """
     path = Path(path)
     if not path.is_file():
         raise Failure(f"{path}: no such file, expected a checkpoint")
     try:
-        size = path.stat().st_size
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if sum(part.file_size for part in archive.infolist()) > 10 * size:
-                    raise Failure(f"{path}: a bomb, it unpacks to more than 10 times its size")
-                if broken := archive.testzip():  # torch.load does not check the CRCs
-                    raise Failure(f"{path}: not a readable checkpoint, {broken} is damaged")
+        check_zip(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            state = find_state_dict(torch.load(path, "cpu", weights_only=True), path)
-        for key, value in state.items():
-            if value.numel() * value.element_size() > size:
-                raise Failure(f"{path}: {key} is larger than the file")
-            negative = key.endswith("running_var") and value.min() < 0
-            if negative or value.is_complex() or not value.float().isfinite().all():
-                raise Failure(
-                    f"{path}: {key} has impossible values (not finite, or a negative variance)"
-                )
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        state = find_state_dict(checkpoint, path)
+        check_tensors(state, path)
     except (MemoryError, PermissionError, Failure):
         raise
-    except Exception as error:  # the unpickler raises whatever the bytes make it stumble over
-        # not torch's own text: that recommends to run the code in the file
-        expected = f"{path}: not a readable checkpoint, expected a state dict"
-        reason = f"{type(error).__name__}: it is damaged, or holds more than tensors"
-        with open(path, "rb") as file:
-            if file.read(10)[8:] == b'{"':
-                convert = f"torch.save(safetensors.torch.load_file({path.name!r}), 'weights.pth')"
-                raise Failure(f"{path}: a safetensors file; in Python: {convert}") from error
-        raise Failure(f"{expected} ({reason}); torch.save(model.state_dict(), FILE)") from error
-    # torchvision's oldest DenseNet files name norm1 "norm.1"; its own loader renames them likewise
-    old = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(\d)")
-    return {old.sub(r"\1\2", key): value for key, value in state.items()}
+    except Exception as error:  # damaged bytes make the unpickler raise nearly anything
+        raise unreadable_failure(path, error) from error
+    # Torchvision's DenseNet files write "norm.1" for "norm1"; its own loader renames them too.
+    old_name = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(\d)")
+    return {old_name.sub(r"\1\2", key): value for key, value in state.items()}
+
+
+def check_zip(path):
+    """Raises Failure if a zip file is a bomb, or if a CRC is wrong (torch.load checks neither)."""
+    if not zipfile.is_zipfile(path):  # checkpoints of torch < 1.6 are no zip files
+        return
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+        if unpacked > MAX_UNPACKING * path.stat().st_size:
+            size = f"more than {MAX_UNPACKING} times its size"
+            raise Failure(f"{path}: not a readable checkpoint, it unpacks to {size}")
+        damaged = archive.testzip()
+        if damaged:
+            raise Failure(f"{path}: not a readable checkpoint, {damaged} is damaged")
+
+
+def check_tensors(state, path):
+    """Raises Failure if a tensor is impossible in a trained network."""
+    file_size = path.stat().st_size
+    for key, value in state.items():
+        if value.numel() * value.element_size() > file_size:
+            raise Failure(f"{path}: {key} is larger than the file")
+        is_negative_variance = key.endswith("running_var") and value.min() < 0
+        if is_negative_variance or value.is_complex() or not value.float().isfinite().all():
+            reason = "impossible values (not finite, complex, or a negative variance)"
+            raise Failure(f"{path}: {key} has {reason}")
+
+
+def unreadable_failure(path, error):
+    """Returns the Failure for a file that torch.load cannot read."""
+    with open(path, "rb") as file:
+        start = file.read(10)
+    if start[8:] == b'{"':  # JSON after a length of 8 bytes
+        convert = f"torch.save(safetensors.torch.load_file({path.name!r}), 'weights.pth')"
+        return Failure(f"{path}: a safetensors file; convert it in Python: {convert}")
+    # torch's own message is not shown, because it recommends executing the code in the file.
+    reason = f"{type(error).__name__}: the file is damaged, or holds Python objects"
+    save = "save one with torch.save(model.state_dict(), FILE)"
+    return Failure(f"{path}: not a readable checkpoint, expected a state dict ({reason}); {save}")
 
 
 def find_state_dict(checkpoint, path):
-    """The one dict of tensors in a checkpoint: itself, or its "state_dict", "model" or the like."""
+    """Returns the checkpoint if it is a dict of tensors, otherwise its only value that is one.
 
-    def is_state(x):
-        return isinstance(x, dict) and x and all(isinstance(v, torch.Tensor) for v in x.values())
+    Raises Failure if there are several, TypeError if there is none.
+    """
 
-    if is_state(checkpoint):
+    def is_state_dict(value):
+        is_dict = isinstance(value, dict) and len(value) > 0
+        return is_dict and all(isinstance(tensor, torch.Tensor) for tensor in value.values())
+
+    if is_state_dict(checkpoint):
         return checkpoint
-    found = [key for key, value in checkpoint.items() if is_state(value)]
-    if len(found) > 1:
-        keep = f"torch.save(checkpoint[{found[0]!r}], FILE)"
-        raise Failure(f"{path}: holds several state dicts ({', '.join(found)}); keep one: {keep}")
-    if not found:
+    keys = [key for key, value in checkpoint.items() if is_state_dict(value)]
+    if len(keys) > 1:
+        keep = f"torch.save(checkpoint[{keys[0]!r}], FILE)"
+        raise Failure(f"{path}: holds several state dicts ({', '.join(keys)}); keep one: {keep}")
+    if not keys:
         raise TypeError("no dict of tensors")
-    return checkpoint[found[0]]
+    return checkpoint[keys[0]]
 
 
 def strip_prefix(state, network, source):
-    """The state dict without what stands before every name of the network there.
+    """Removes the prefix from the names of `network` in a state dict, for example "module."
 
-    That is "module." of DataParallel, "_orig_mod." of torch.compile, "backbone." or "model.".
+    source: the file, for messages. Raises Failure if several prefixes fit.
     """
-    own = [name for name in network.state_dict() if not name.endswith("num_batches_tracked")]
-    ends = [key.removesuffix(own[0]) for key in state if f".{key}".endswith(f".{own[0]}")]
-    found = [prefix for prefix in ends if all(prefix + name in state for name in own)]
-    if len(found) > 1:
-        several = ", ".join(f"{prefix}{own[0]}" for prefix in found)
+    # For example "module." (DataParallel), "_orig_mod." (torch.compile), "backbone." or "model.".
+    names = [n for n in network.state_dict() if not n.endswith("num_batches_tracked")]
+    first = names[0]
+    prefixes = []
+    for key in state:
+        if key == first or key.endswith(f".{first}"):
+            prefix = key.removesuffix(first)
+            if all(prefix + name in state for name in names):
+                prefixes.append(prefix)
+    if len(prefixes) > 1:
+        several = ", ".join(f"{prefix}{first}" for prefix in prefixes)
         raise Failure(f"{source}: holds several such networks ({several}); keep one of them")
-    return {key.removeprefix(found[0] if found else ""): value for key, value in state.items()}
+    if not prefixes:
+        return dict(state)
+    return {key.removeprefix(prefixes[0]): value for key, value in state.items()}
 
 
-def save_checkpoint(path, backbone, head, about):
-    """model.pth, a plain float32 state dict of the whole network, and model.json about it."""
+def save_checkpoint(path, backbone, head, description):
+    """Writes model.pth, a plain float32 state dict of the whole network, and model.json.
+
+    description: the content of model.json. The SHA-256 of model.pth is added.
+    """
     state = backbone.network.state_dict()
     state[f"{backbone.head_name}.weight"] = head.weight.detach().clone()
     state[f"{backbone.head_name}.bias"] = head.bias.detach().clone()
-    buffer = io.BytesIO()  # torch's own error on a full disk does not name it
+    # Saved in memory first, because the error of torch.save does not say that a disk is full.
+    buffer = io.BytesIO()
     torch.save(state, buffer)
     with atomic_write(path) as file:
         file.write(buffer.getbuffer())
-    write_json(path.with_suffix(".json"), about | {"sha256": hash_file(path)})
+    write_json(path.with_suffix(".json"), description | {"sha256": hash_file(path)})

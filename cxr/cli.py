@@ -1,4 +1,4 @@
-"""The flags that all scripts share, and exit codes."""
+"""The command line flags that all scripts share, and how a script ends."""
 
 import argparse
 import contextlib
@@ -8,22 +8,97 @@ import sys
 import traceback
 from pathlib import Path
 
-from cxr.errors import FULL, RESOURCES, Failure, Terminated, rank_and_world
+from cxr import errors
+from cxr.errors import Failure, Terminated, interrupt_exit_code, rank_and_world
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Prints the default behind every help text, and the script's docstring unchanged."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that prints an error as one line and shows the flags in groups."""
+
+    def __init__(self, script, description):
+        super().__init__(prog=script, description=description, formatter_class=Formatter)
+
+    def groups(self, *titles):
+        """Adds one group of flags for each title, and returns them in this order."""
+        return [self.add_argument_group(title) for title in titles]
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def number(kind, low, high=float("inf")):
+    """Returns an argparse type: an int or a float (`kind`) from low to high."""
+    limit = f"of at least {low}" if high == float("inf") else f"from {low} to {high}"
+
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"expected a number {limit}, found {text}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse names the type if kind(text) fails
+    return convert
+
+
+# fmt: off
+FLAGS = {
+    "--data-dir": dict(type=Path, default="data/chestxrays", metavar="DIR",
+        help="data folder, which contains train/, val/ and test/"),
+    "--checkpoint": dict(type=Path, default="model.pth", metavar="FILE",
+        help="file of the trained network; its .json has the same name"),
+    "--results-dir": dict(type=Path, default=Path("results"), metavar="DIR",
+        help="folder for the report, tables and pictures"),
+    "--device": dict(default="auto", metavar="NAME",
+        help="auto (CUDA if there is a GPU, then MPS, then CPU), cpu, cuda, cuda:N or mps"),
+    "--batch-size": dict(type=number(int, 1, 100_000), default=32, metavar="N",
+        help="views per batch in the frozen network (on the CPU at most 16); in the training, "
+             "images per batch"),
+    "--workers": dict(type=number(int, -1, 1000), default=-1, metavar="N",
+        help="processes that decode images (0 = decode in the main process, -1 = chosen from the "
+             "number of images and of cores)"),
+    "--seed": dict(type=number(int, 0, 2**32 - 1), default=0, metavar="N",
+        help="seed of all random choices"),
+    "--cache-dir": dict(type=Path, default=".cache/features", metavar="DIR",
+        help="folder that keeps the computed features"),
+    "--no-cache": dict(action="store_true",
+        help="compute all features again, and keep none of them"),
+    "--skip-bad": dict(action="store_true",
+        help="leave out images that cannot be read, and list them, instead of stopping"),
+    "--debug": dict(action="store_true", help="show the Python traceback of an error"),
+}
+# fmt: on
+
+
+def add_flags(group, *names):
+    """Adds flags that mean the same in every script."""
+    for name in names:
+        group.add_argument(name, **FLAGS[name])
+
+
+def add_network_flags(data, output, machine):
+    """Adds the shared flags of the scripts that use the network: all except --seed."""
+    add_flags(data, "--data-dir", "--skip-bad")
+    add_flags(output, "--checkpoint", "--results-dir", "--cache-dir", "--no-cache")
+    add_flags(machine, "--device", "--batch-size", "--workers", "--debug")
 
 
 def run(command, args, script):
-    """The exit status of command(args); an error is one line, with --debug its traceback, too.
+    """Runs command(args) and returns the exit code.
 
-    script: whose name the line begins with; sys.argv has another in a notebook.
+    Prints an error as one line on stderr that begins with `script`, the name of the script.
     """
-    if rank_and_world()[0]:
-        sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
-    for stream in (sys.stdout, sys.stderr):  # a file's name may be no text in their encoding
-        with contextlib.suppress(AttributeError):  # a notebook's own stream
-            stream.reconfigure(errors="backslashreplace")
-    before = None
-    with contextlib.suppress(ValueError):  # only the main thread may set a handler
-        before = signal.signal(signal.SIGTERM, on_sigterm)
+    if rank_and_world()[0] > 0:
+        sys.stdout = open(os.devnull, "w")  # under torchrun, only rank 0 prints
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # the streams of a notebook have no reconfigure
+            stream.reconfigure(errors="backslashreplace")  # for file names that are not UTF-8
+    previous_handler = None
+    with contextlib.suppress(ValueError):  # only the main thread may set a signal handler
+        previous_handler = signal.signal(signal.SIGTERM, on_sigterm)
     try:
         command(args)
         sys.stdout.flush()
@@ -32,95 +107,36 @@ def run(command, args, script):
         status, message = describe_error(error, args)
         if args.debug:
             traceback.print_exc()
-        line = f"{script}: {' '.join(message.split())}"
-        print(line, file=sys.stderr, flush=True)
+        one_line = " ".join(message.split())
+        print(f"{script}: {one_line}", file=sys.stderr, flush=True)
         return status
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
-
-
-def describe_error(error, args):
-    """(exit status, message) of an error that is no bug."""
-    if isinstance(error, Failure):
-        return error.status, str(error)
-    if isinstance(error, KeyboardInterrupt):
-        kept = "interrupted; every file is whole, the old one or the new one"
-        return 143 if isinstance(error, Terminated) else 130, str(error) or kept
-    if isinstance(error, MemoryError):
-        remedy = "; try a smaller --batch-size or fewer --workers" if "batch_size" in args else ""
-        return 4, f"memory is full{remedy}"
-    if isinstance(error, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 4, "nobody reads the screen any more, as after `head`; each file written is whole"
-    message = f"{error.filename or 'a file'}: {error.strerror or error}"
-    if error.errno in FULL:
-        message += "; free some space, or write elsewhere"
-    return 4 if error.errno in RESOURCES else 2, message
+        if previous_handler is not None:
+            signal.signal(signal.SIGTERM, previous_handler)
 
 
 def on_sigterm(*_):
-    if hasattr(signal, "SIGCHLD"):  # torch's handler would raise where workers end by SIGTERM, too
+    """Raises Terminated. This is the signal handler for SIGTERM."""
+    if hasattr(signal, "SIGCHLD"):
+        # torch's own handler would raise an error when its workers end by SIGTERM as well.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     raise Terminated
 
 
-class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the default behind every help text, and the docstring as it is."""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with one line for an error."""
-
-    def __init__(self, script, doc):
-        super().__init__(prog=script, description=doc, formatter_class=Formatter)
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
-def number(kind, low, high=float("inf")):
-    """An argparse type: a `kind` (int or float) from low to high."""
-
-    def convert(text):
-        value = kind(text)
-        if not low <= value <= high or value == float("inf"):
-            limit = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"expected a number {limit}, found {text}")
-        return value
-
-    convert.__name__ = kind.__name__
-    return convert
-
-
-# fmt: off
-FLAGS = {
-    "--data-dir": dict(type=Path, default="data/chestxrays", metavar="DIR",
-                       help="folder of train/, val/, test/"),
-    "--checkpoint": dict(type=Path, default="model.pth", metavar="FILE",
-                         help="the trained network"),
-    "--results-dir": dict(type=Path, default=Path("results"), metavar="DIR",
-                          help="folder for tables and pictures"),
-    "--device": dict(default="auto", metavar="NAME",
-                     help="auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps"),
-    "--batch-size": dict(type=number(int, 1, 100_000), default=32, metavar="N",
-                         help="views at once in the network (CPU: at most 16), images in training"),
-    "--workers": dict(type=number(int, -1, 1000), default=-1, metavar="N",
-                      help="processes that decode images (0 = none, -1 = by images and cores)"),
-    "--seed": dict(type=number(int, 0, 2**32 - 1), default=0, metavar="N",
-                   help="seed of every random choice"),
-    "--cache-dir": dict(type=Path, default=".cache/features", metavar="DIR",
-                        help="folder that keeps features"),
-    "--no-cache": dict(action="store_true", help="neither read nor keep features"),
-    "--skip-bad": dict(action="store_true",
-                       help="leave unreadable images out, and list them, instead of stopping"),
-    "--debug": dict(action="store_true", help="show the traceback of an error"),
-}
-# fmt: on
-RUN_FLAGS = tuple(FLAGS)[:-1]  # all of them, for a script with a network
-
-
-def add_flags(parser, *names):
-    """Adds the flags that mean the same in every script."""
-    for name in (*names, "--debug"):
-        parser.add_argument(name, **FLAGS[name])
+def describe_error(error, args):
+    """Returns (exit code, message) of an error that is not a bug."""
+    if isinstance(error, Failure):
+        return error.status, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return interrupt_exit_code(error), str(error) or errors.INTERRUPTED
+    if isinstance(error, MemoryError):
+        advice = "; use a smaller --batch-size or fewer --workers" if "batch_size" in args else ""
+        return 4, f"the memory is full{advice}"
+    if isinstance(error, BrokenPipeError):
+        # Python would fail again when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 4, "the output was cut off (for example by `head`); each written file is complete"
+    message = f"{error.filename or 'a file'}: {error.strerror or error}"
+    if error.errno in errors.DISK_FULL:
+        message += "; free some disk space, or write to another place"
+    return 4 if error.errno in errors.RESOURCES else 2, message

@@ -1,62 +1,75 @@
-"""Compares two models on the same images."""
+"""Compares two models by their predictions for the same images."""
 
 import numpy as np
-import scipy.stats
+import pandas as pd
 import torch
+from scipy.stats import binomtest, permutation_test
 
 from cxr.bootstrap import paired_differences
 from cxr.errors import Failure
+from cxr.predictions import as_arrays
 from cxr.scores import measure_scores, score
 
 COMPARED = ("accuracy", "f1", "auroc")
 
 
-def compare(table, other, threshold, other_threshold, path, seed):
-    """What metrics.json says about the difference of two tables of the same images.
+def match_predictions(other, files, labels, path):
+    """Returns the rows of `other` in the order of `files`; Failure if images or labels differ."""
+    different = sorted(set(files) ^ set(other["file"]))
+    if different:
+        raise Failure(
+            f"{path}: expected predictions for the same {len(files)} images; not in both "
+            f"tables: {len(different)}, for example {different[0]}"
+        )
+    matched = pd.DataFrame({"file": files}).merge(other, on="file", validate="1:1")
+    is_different = matched["label"].to_numpy(np.int64) != np.asarray(labels)
+    if is_different.any():
+        raise Failure(f"{path}: {files[is_different.argmax()]} has another label in this table")
+    return matched
 
-    path: of the other one, for errors.
+
+def compare(predictions, other, threshold, other_threshold, seed):
+    """Compares two tables of the same images, in the same order, each at its own threshold.
+
+    Returns the comparison for metrics.json; a difference is this model minus the other one.
     """
-    if odd := sorted(set(table.files) ^ set(other.files)):
-        expected = f"expected the same {len(table.files)} images"
-        raise Failure(f"{path}: {expected}, {len(odd)} are in one only, as {odd[0]}")
-    row = {file: i for i, file in enumerate(other.files)}
-    order = [row[file] for file in table.files]
-    if (odd := table.labels != other.labels[order]).any():
-        raise Failure(f"{path}: {table.files[odd.argmax()]} has another label there")
-    other = table._replace(probs=other.probs[order])
-    labels, mine, theirs = map(torch.from_numpy, (table.labels, table.probs, other.probs))
+    probs, labels, patients = as_arrays(predictions)
+    other_probs, _, _ = as_arrays(other)
+    tensors = torch.from_numpy(probs), torch.from_numpy(other_probs), torch.from_numpy(labels)
 
     def differences(rows):
-        here = score(mine[rows], labels[rows], threshold, COMPARED)
-        there = score(theirs[rows], labels[rows], other_threshold, COMPARED)
-        return [here[name] - there[name] for name in COMPARED]
+        mine, theirs, truth = (tensor[rows] for tensor in tensors)
+        scores = score(mine, truth, threshold, COMPARED)
+        other_scores = score(theirs, truth, other_threshold, COMPARED)
+        return [scores[name] - other_scores[name] for name in COMPARED]
 
-    right_here = (table.probs > threshold) == table.labels
-    right_there = (other.probs > other_threshold) == table.labels
-    found = paired_differences(table, differences, seed)
-    metrics, _ = measure_scores(other, other_threshold, seed)
+    intervals = paired_differences(labels, patients, differences, seed)
+    other_metrics = measure_scores(other, other_threshold, seed)
+    correct = (probs > threshold) == labels
+    other_correct = (other_probs > other_threshold) == labels
     return {
-        "other": {name: metrics[name] for name in COMPARED},
-        "difference": dict(zip(COMPARED, found, strict=True)),
-        "right_only_here": int((right_here & ~right_there).sum()),
-        "right_only_there": int((right_there & ~right_here).sum()),
-    } | paired_sign_test(right_here, right_there, table.clusters(), seed)
+        "other": {name: other_metrics[name] for name in COMPARED},
+        "difference": dict(zip(COMPARED, intervals, strict=True)),
+        "right_only_here": int((correct & ~other_correct).sum()),
+        "right_only_there": int((other_correct & ~correct).sum()),
+    } | paired_sign_test(correct, other_correct, patients, seed)
 
 
-def paired_sign_test(right_here, right_there, clusters, seed):
-    """{p_value, test} that one model is right as often as the other, of bool (n,).
+def paired_sign_test(correct, other_correct, patients, seed):
+    """Tests whether two models are equally often correct. Returns {p_value, test}.
 
-    Each patient counts once, with the net number of images that are right only here. Where that is
-    1 or -1 at most, flipping the signs is McNemar's exact test.
+    correct, other_correct: bool (n,); patients: (n,).
     """
-    _, patient = np.unique(clusters, return_inverse=True)
-    net = np.bincount(patient, right_here.astype(float) - right_there)
+    # A patient counts once: images that only this model gets right, minus those of the other.
+    _, patient = np.unique(patients, return_inverse=True)
+    net = np.bincount(patient, correct.astype(float) - other_correct)
     net = net[net != 0]
     if len(net) == 0:
         return {"p_value": 1.0, "test": "no patient differs"}
     if np.abs(net).max() == 1:
-        p = scipy.stats.binomtest(int((net > 0).sum()), len(net)).pvalue
+        p = binomtest(int((net > 0).sum()), len(net)).pvalue
         return {"p_value": float(p), "test": "McNemar's exact test"}
-    flips = {"permutation_type": "samples", "n_resamples": 9999, "rng": seed}
-    found = scipy.stats.permutation_test((net,), np.sum, **flips)
-    return {"p_value": float(found.pvalue), "test": "sign flips of the patients' net differences"}
+    # McNemar's test needs differences of 1. For larger ones, flip the signs at random.
+    test = permutation_test((net,), np.sum, permutation_type="samples", n_resamples=9999, rng=seed)
+    name = "permutation test with the net difference of each patient"
+    return {"p_value": float(test.pvalue), "test": name}

@@ -1,4 +1,4 @@
-"""Decodes an image file into a grey picture."""
+"""Decodes an image file into a grey picture. Files are decoded here and nowhere else."""
 
 import contextlib
 import io
@@ -11,159 +11,215 @@ import numpy as np
 import PIL.Image
 from PIL import ImageMode, ImageOps, PngImagePlugin, TiffImagePlugin
 
-FORMATS = "BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP"  # others Pillow may hand to other programs
-MODALITIES = "CR", "DX", "RG"  # of a radiograph in DICOM
-MAX_PIXELS = 50_000_000  # more is a decompression bomb; radiographs reach about 20 million
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a long text is no bad picture
-# white is 0, big-endian, 16 bits: Pillow knows it little-endian only
+FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # for others, Pillow may start programs
+MODALITIES = ("CR", "DX", "RG")  # radiographs in DICOM
+MAX_PIXELS = 50_000_000  # radiographs have up to 20 million; a decompression bomb has more
+
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # long comments are normal
+# Big-endian 16-bit TIFF in which white is 0: Pillow knows only the little-endian variant.
 TiffImagePlugin.OPEN_INFO[(b"MM", 0, (1,), 1, (16,), ())] = ("I;16B", "I;16B")
-UPRIGHT = dict(zip((2, 4, 8, 3, 6, 5, 7), PIL.Image.Transpose, strict=True))  # by orientation
 
-
-def is_dicom(start):
-    return start[128:132] == b"DICM"
+EXIF_ORIENTATION, TIFF_BITS, TIFF_PHOTOMETRIC = 274, 258, 262  # numbers of metadata tags
+UPRIGHT = {  # EXIF orientation: what turns the picture upright
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}
 
 
 class Decoded(NamedTuple):
-    """A decoded radiograph, and what its file is."""
+    """The pixels of an X-ray, and properties of its file."""
 
-    grey: PIL.Image.Image  # upright; mode L, or F where a pixel has more bits than 8
-    size: tuple  # width and height of the file, pixels
+    grey: PIL.Image.Image  # upright; mode L, or mode F if 8 bits are not enough
+    size: tuple  # width and height in the file, in pixels
     mode: str  # L, RGB, I;16, MONOCHROME1, ...
-    bits: int  # a pixel
+    bits: int  # per pixel, all channels together
     format: str  # JPEG, DICOM, ...
-    quality: int  # of a JPEG, 1 to 100 as libjpeg counts, else 0
+    quality: int  # of a JPEG, 1 to 100 on libjpeg's scale; 0 for other formats
 
 
 def decode(source, size):
-    """The Decoded at `source`, a path or the bytes of a file. Files are decoded here and only here.
+    """Decodes an image file. source: a path, or the content of a file as bytes.
 
-    A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size (libjpeg's scaled DCT), never below
-    `size` pixels.
-    Raises OSError or ValueError with the reason, rather than give a picture that is not the file's.
+    size: a large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, but never below `size` pixels.
+    Raises an error with the reason if the file is damaged, or cannot be one radiograph.
     """
     content = source if isinstance(source, bytes) else Path(source).read_bytes()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd metadata; damaged pixels raise
+        warnings.simplefilter("ignore")  # of unusual metadata; damaged pixels raise an error
         try:
-            scan = decode_dicom(content) if is_dicom(content) else decode_with_pillow(content, size)
+            if is_dicom(content):
+                decoded = decode_dicom(content)
+            else:
+                decoded = decode_with_pillow(content, size)
         except AttributeError as error:
-            raise ValueError(f"a header that is not complete: {error}") from None
-    low, high = scan.grey.getextrema()
+            raise ValueError(f"the header is not complete: {error}") from None
+    low, high = decoded.grey.getextrema()
     if low == high:
-        raise ValueError("one single grey level, no picture")
-    return scan
+        raise ValueError("all pixels have the same grey level")
+    return decoded
+
+
+def is_dicom(content):
+    """Returns True if bytes (at least the first 132) are the beginning of a DICOM file."""
+    return content[128:132] == b"DICM"
 
 
 def check_shape(width, height):
+    """Raises ValueError if a picture is too large, or too narrow, to be a radiograph."""
     if width * height > MAX_PIXELS:
-        raise ValueError(f"{width}x{height} pixels, more than {MAX_PIXELS:,}")
+        raise ValueError(f"{width}x{height} pixels, expected at most {MAX_PIXELS:,}")
     if max(width, height) > 20 * min(width, height):
-        raise ValueError(f"{width}x{height} pixels, no radiograph's shape")
+        raise ValueError(f"{width}x{height} pixels, which is not the shape of a radiograph")
 
 
 def decode_with_pillow(content, size):
-    """The Decoded of what Pillow reads."""
+    """Decodes all formats except DICOM."""
     with PIL.Image.open(io.BytesIO(content), formats=FORMATS) as image:
-        check_shape(*image.size)
-        mode, shape, kind = image.mode, image.size, image.format
-        if mode == "1":
-            raise ValueError("a picture of two colours, expected grey levels")
-        bits = max(getattr(image, "tag_v2", {}).get(258, (8,)))  # of TIFF
-        how = [tile.args for tile in image.tile]  # to decode it: "RGB;16B", or PPM's ("RGB", 65535)
-        sixteen = bits > 8 or re.search(";16[BLN]", str(how)) or ("RGB", 65535) in how
-        if mode[0] not in "IF" and sixteen:
-            raise ValueError("16 bits a channel, of which 8 would be lost; save it as 16-bit grey")
-        if kind != "MPO" and (pages := getattr(image, "n_frames", 1)) > 1:
-            raise ValueError(f"{pages} pictures in one file, expected one")
-        tables = getattr(image, "quantization", None)
-        negative = kind == "TIFF" and mode[0] in "IF" and image.tag_v2.get(262) == 0
+        # Read these first: draft, convert and transpose change or lose them.
+        mode, shape, file_format = image.mode, image.size, image.format
+        tables = getattr(image, "quantization", None)  # of a JPEG
+        check_pillow_image(image)
         image.draft(None, (size, size))
-        grey = image.convert("F" if mode[0] in "IF" else "L")
-        if negative:  # Pillow turns 8 bits itself
-            grey = PIL.Image.fromarray(sum(grey.getextrema()) - np.asarray(grey))
-        with contextlib.suppress(Exception):  # no metadata makes a picture unreadable
-            grey = grey.transpose(UPRIGHT[image.getexif()[0x0112]])
-    about = ImageMode.getmode(mode)
-    bits = 8 * int(about.typestr[-1]) * len(about.bands)
-    return Decoded(grey, shape, mode, bits, kind, jpeg_quality(tables) if tables else 0)
+        is_deep = mode[0] in "IF"  # integers of 16 or 32 bits, or floats
+        grey = image.convert("F" if is_deep else "L")
+        # If white is 0 in a TIFF, Pillow inverts 8-bit pictures, but not deeper ones.
+        if is_deep and file_format == "TIFF" and image.tag_v2.get(TIFF_PHOTOMETRIC) == 0:
+            low, high = grey.getextrema()
+            grey = PIL.Image.fromarray(low + high - np.asarray(grey))
+        # A KeyError means that it is upright. Damaged metadata does no harm either.
+        with contextlib.suppress(Exception):
+            grey = grey.transpose(UPRIGHT[image.getexif()[EXIF_ORIENTATION]])
+    pillow_mode = ImageMode.getmode(mode)
+    bytes_per_channel = int(pillow_mode.typestr[-1])
+    bits = 8 * bytes_per_channel * len(pillow_mode.bands)
+    quality = 0
+    if tables:
+        # Exact from 20 to 99 for libjpeg's tables. At quality 50 the luminance sums to about 3685.
+        scale = 100 * sum(tables[min(tables)]) / 3685
+        quality = 100 - scale / 2 if scale <= 100 else 5000 / scale
+        quality = min(100, max(1, round(quality)))
+    return Decoded(grey, shape, mode, bits, file_format, quality)
 
 
-def jpeg_quality(tables):
-    """1 to 100 as libjpeg counts, from the quantisation tables; exact from 20 to 99."""
-    scale = 100 * sum(tables[min(tables)]) / 3685  # the sum of the luminance table at quality 50
-    return min(100, max(1, round(100 - scale / 2 if scale <= 100 else 5000 / scale)))
+def check_pillow_image(image):
+    """Raises ValueError for a wrong shape, two colours, 16-bit colour or several pictures."""
+    check_shape(*image.size)
+    if image.mode == "1":
+        raise ValueError("a picture of two colours, expected grey levels")
+    bits = max(getattr(image, "tag_v2", {}).get(TIFF_BITS, (8,)))
+    # How Pillow decodes the file: for example "RGB;16B" in TIFF and PNG, ("RGB", 65535) in PPM.
+    decoders = [tile.args for tile in image.tile]
+    has_16_bits = bits > 8 or re.search(";16[BLN]", str(decoders)) or ("RGB", 65535) in decoders
+    if image.mode[0] not in "IF" and has_16_bits:
+        raise ValueError("16 bits per channel, but Pillow reads only 8; save it as 16-bit grey")
+    n_pictures = getattr(image, "n_frames", 1)
+    if n_pictures > 1 and image.format != "MPO":  # MPO: a JPEG with a preview
+        raise ValueError(f"{n_pictures} pictures in one file, expected one")
 
 
 def decode_dicom(content):
-    """The Decoded of a DICOM file: rescaled, in its VOI window, MONOCHROME1 turned (C.7.6.3)."""
+    """Decodes a DICOM file. Source: DICOM PS3.3, C.7.6.3 and C.11."""
     import pydicom
-    from pydicom.pixels import apply_rescale, apply_voi_lut, get_decoder
 
     file = pydicom.dcmread(io.BytesIO(content))
-    modality, mode = file.get("Modality") or "CR", file.get("PhotometricInterpretation")
+    check_dicom(file)
+    stored = file.pixel_array
+    pixels = apply_dicom_window(stored, file)
+    if file.PhotometricInterpretation == "MONOCHROME1":  # white is 0
+        pixels = 2**file.BitsStored - 1 - pixels.astype(np.float64)
+    pixels = blacken_padding(pixels, stored, file)
+    fits_8_bits = file.BitsStored <= 8 and pixels.min() >= 0 and pixels.max() <= 255
+    pixels = pixels.round().astype(np.uint8) if fits_8_bits else np.float32(pixels)
+    grey = PIL.Image.fromarray(pixels)
+    shape, mode = (file.Columns, file.Rows), file.PhotometricInterpretation
+    return Decoded(grey, shape, mode, file.BitsAllocated, "DICOM", 0)
+
+
+def check_dicom(file):
+    """Raises ValueError if a DICOM file is not exactly one readable radiograph in grey levels."""
+    from pydicom.pixels import get_decoder
+
+    modality = file.get("Modality") or "CR"
     if modality.upper() not in MODALITIES:
         raise ValueError(f"DICOM of modality {modality}, expected {', '.join(MODALITIES)}")
     if "PixelData" not in file:
         raise ValueError("DICOM without a picture")
-    if (frames := int(file.get("NumberOfFrames") or 1)) > 1:
-        raise ValueError(f"{frames} pictures in one file, expected one")
-    if mode not in ("MONOCHROME1", "MONOCHROME2"):
-        raise ValueError(f"DICOM in {mode}, expected MONOCHROME1 or MONOCHROME2")
+    n_pictures = int(file.get("NumberOfFrames") or 1)
+    if n_pictures > 1:
+        raise ValueError(f"{n_pictures} pictures in one file, expected one")
+    colours = file.get("PhotometricInterpretation")
+    if colours not in ("MONOCHROME1", "MONOCHROME2"):
+        raise ValueError(f"DICOM in {colours}, expected MONOCHROME1 or MONOCHROME2")
     check_shape(file.Columns, file.Rows)
     syntax = file.file_meta.TransferSyntaxUID
     if not get_decoder(syntax).is_available:
-        packages = "pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
-        raise ValueError(f"DICOM in {syntax.name}: .venv/bin/pip install {packages}")
-    pixels = stored = file.pixel_array
-    with contextlib.suppress(Exception):  # a header that makes no sense
+        command = ".venv/bin/pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
+        raise ValueError(f"DICOM in {syntax.name}, which needs more packages: {command}")
+
+
+def apply_dicom_window(stored, file):
+    """Applies rescale slope and intercept and the VOI window, unless the result makes no sense."""
+    from pydicom.pixels import apply_rescale, apply_voi_lut
+
+    pixels = stored
+    with contextlib.suppress(Exception):  # the header contradicts itself
         pixels = apply_rescale(stored, file)
-        seen = apply_voi_lut(pixels, file)
-        if ((seen > seen.min()) & (seen < seen.max())).mean() > 0.1:  # else it misses the film
-            pixels = seen
-    if mode == "MONOCHROME1":
-        pixels = 2**file.BitsStored - 1 - pixels.astype(np.float64)
-    if (padding := file.get("PixelPaddingValue")) is not None:
-        ends = sorted((padding, file.get("PixelPaddingRangeLimit", padding)))
-        outside = (stored >= ends[0]) & (stored <= ends[1])
-        if not outside.all():
-            pixels = np.where(outside, pixels[~outside].min(), pixels)
-    eight = file.BitsStored <= 8 and pixels.min() >= 0 and pixels.max() <= 255
-    grey = PIL.Image.fromarray(pixels.round().astype(np.uint8) if eight else np.float32(pixels))
-    return Decoded(grey, (file.Columns, file.Rows), mode, file.BitsAllocated, "DICOM", 0)
+        windowed = apply_voi_lut(pixels, file)
+        is_between = (windowed > windowed.min()) & (windowed < windowed.max())
+        # If nearly all pixels lie outside the window, the picture would be black or white.
+        if is_between.mean() > 0.1:
+            pixels = windowed
+    return pixels
+
+
+def blacken_padding(pixels, stored, file):
+    """Sets the pixels outside the X-ray (PixelPaddingValue) to the lowest value of the others."""
+    padding = file.get("PixelPaddingValue")
+    if padding is not None:
+        low, high = sorted((padding, file.get("PixelPaddingRangeLimit", padding)))
+        is_padding = (stored >= low) & (stored <= high)
+        if not is_padding.all():
+            pixels = np.where(is_padding, pixels[~is_padding].min(), pixels)
+    return pixels
 
 
 def apply_window(image, window):
-    """The grey image, PIL mode L, stretched between two of its own grey levels.
+    """Stretches a grey picture between two of its own grey levels. Returns PIL, mode L.
 
-    An absolute grey level means nothing on a radiograph: exposure, export and windowing set it.
-    window: per cent of the pixels that turn black, and as many that turn white; 0 leaves an 8-bit
-    image as it is, and stretches one of 16 bits from its minimum to its maximum.
+    window: per cent of the pixels that become black, and the same at the white end. 0 leaves an
+    8-bit picture unchanged, and stretches a 16-bit picture from its minimum to its maximum.
     """
+    # The absolute grey level of a radiograph means nothing: exposure and display decide it.
     if image.mode == "L":
         return ImageOps.autocontrast(image, cutoff=window) if window else image
     pixels = np.asarray(image)
     if not np.isfinite(pixels).all():
-        raise ValueError("pixels that are not finite")
+        raise ValueError("some pixels are not finite")
     low, high = np.percentile(pixels, (window, 100 - window))
     pixels = ((pixels - low) / max(high - low, 1e-6) * 255).clip(0, 255)
-    return PIL.Image.fromarray(pixels.astype(np.uint8))  # not rounded, as autocontrast does not
+    # autocontrast does not round either, so that 8 and 16 bits give the same picture.
+    return PIL.Image.fromarray(pixels.astype(np.uint8))
 
 
 def explain_unreadable(path, error):
-    """Why an image could not be read, in a few words."""
+    """Explains in a few words why an image could not be read."""
     try:
         with open(path, "rb") as file:
             start = file.read(64).lstrip()
-    except OSError as failed:
-        return failed.strerror or str(failed)
+    except OSError as open_error:
+        return open_error.strerror or str(open_error)
     if not start:
         return "the file is empty"
     if start.startswith(b"version https://git-lfs"):
-        return "a git-LFS pointer, not the image (git lfs pull)"
+        return "a git-LFS pointer, not the image (run git lfs pull)"
     if start[:5].lower() in (b"<!doc", b"<html"):
         return "a web page, not an image"
     if isinstance(error, PIL.UnidentifiedImageError):
-        dicom = " (DICOM has DICM at byte 128)" * (Path(path).suffix.lower() == ".dcm")
-        return f"no image, or of an unknown format{dicom}"
-    return " ".join(str(error).split())[:150] or type(error).__name__
+        hint = " (a DICOM file has DICM at byte 128)" if Path(path).suffix.lower() == ".dcm" else ""
+        return f"not an image, or in an unknown format{hint}"
+    return " ".join(str(error).split())[:200] or type(error).__name__

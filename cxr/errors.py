@@ -1,49 +1,66 @@
-"""Errors that the user can mend, shown as one line."""
+"""Errors that the user can fix, warnings and progress lines.
+
+A script that fails prints one line on stderr, and its exit code says why: 2 the user's input, 3 a
+number that is not finite, 4 resources (disk, memory, device), 130 Ctrl-C, 143 SIGTERM.
+`cxr.cli.run` prints the line.
+"""
 
 import contextlib
 import errno
 import os
 import sys
 
+SHOWN = 5  # lines shown of one kind of message
+INTERRUPTED = "interrupted; each output file is complete: either the old or the new version"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: larger than a file may be
+RESOURCES = (*DISK_FULL, errno.EIO, errno.EAGAIN, errno.EMFILE, errno.ENFILE)
+
 
 class Failure(Exception):
-    """What the user can mend, printed as one line. status: 2 input, 3 not finite, 4 resources."""
+    """An error that is not a bug. Its message says what was expected, found, and what to do."""
 
     def __init__(self, message, status=2):
         super().__init__(message)
-        self.status = status
+        self.status = status  # the exit code of the script
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, handled wherever Ctrl-C is."""
+    """SIGTERM. It is a KeyboardInterrupt, so code that handles Ctrl-C handles SIGTERM as well."""
+
+
+def interrupt_exit_code(error):
+    """Returns the exit code for a KeyboardInterrupt: 143 for SIGTERM, 130 for Ctrl-C."""
+    return 143 if isinstance(error, Terminated) else 130
+
+
+def is_system_error(error):
+    """Returns True if reading failed for another reason than damage, for example full memory."""
+    if isinstance(error, OSError) and error.errno in RESOURCES:
+        return True
+    return isinstance(error, MemoryError | PermissionError)
 
 
 def rank_and_world():
-    """(rank, number of processes) of torchrun, else (0, 1): a stray RANK must not drop images."""
+    """Returns (rank, number of processes) under torchrun, otherwise (0, 1)."""
+    # RANK alone is not enough: other programs set it, and then images would be left out.
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return 0, 1
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
+def either(words):
+    """Joins words for a sentence: "a, b or c"."""
+    return " or ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
+
+
 def progress(message):
-    """Prints at once; files come before the screen, so that nobody has to read on, as by `head`."""
+    """Prints a line at once."""
+    # After `| head`, stdout is closed, but the work goes on and its files are written.
     with contextlib.suppress(BrokenPipeError):
         print(message, flush=True)
 
 
 def warn(message):
+    """Prints a warning on stderr, under torchrun only once."""
     if rank_and_world()[0] == 0:
         print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
-FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # of a disk, or of what a file may take of it
-RESOURCES = *FULL, errno.EIO, errno.EAGAIN, errno.EMFILE, errno.ENFILE
-
-
-def is_system_error(error):
-    """Whether reading failed for want of memory, of permission, of what the system has."""
-    scarce = isinstance(error, OSError) and error.errno in RESOURCES
-    return scarce or isinstance(error, MemoryError | PermissionError)
-
-
-SHOWN = 5  # lines of one kind

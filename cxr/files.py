@@ -1,4 +1,4 @@
-"""Writes files whole or not at all."""
+"""Reads and writes files. Each written file is complete: the old or the new version."""
 
 import contextlib
 import csv
@@ -17,16 +17,16 @@ from cxr.errors import Failure, is_system_error
 
 @contextlib.contextmanager
 def atomic_write(path, mode="wb", sync=True):
-    """A file that takes the place of `path` when it is whole; after an error path is as it was.
+    """Opens a temporary file that replaces `path` when the block ends without an error.
 
-    sync: on disk first, so that a power cut cannot leave less.
+    sync: also wait until the file is on the disk, so that it survives a power cut.
     """
-    path = Path(path).resolve()  # where path is a link, the file that it points to is replaced
+    path = Path(path).resolve()  # replaces the file that a link points to, not the link
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    text = {} if "b" in mode else {"newline": "", "encoding": "utf-8"}
+    options = {} if "b" in mode else {"newline": "", "encoding": "utf-8"}
     try:
-        with open(temporary, mode, **text) as file:
+        with open(temporary, mode, **options) as file:
             yield file
             file.flush()
             if sync:
@@ -35,24 +35,24 @@ def atomic_write(path, mode="wb", sync=True):
         if sync:
             sync_folder(path.parent)
     except OSError as error:
-        error.filename = str(path)
+        error.filename = str(path)  # the user does not know the temporary file
         raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder):
-    """Puts a folder's list of names on disk; that a network share cannot is no error."""
-    with contextlib.suppress(OSError):
-        file = os.open(folder, os.O_RDONLY)
+    """Waits until the list of files in a folder is on the disk."""
+    with contextlib.suppress(OSError):  # some file systems do not support it
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(file)
+            os.fsync(descriptor)
         finally:
-            os.close(file)
+            os.close(descriptor)
 
 
 def check_writable(*paths):
-    """A Failure, before the work, unless files can be written at `paths`; makes their folders."""
+    """Creates the folders of `paths`, and raises an error if no file can be written there."""
     for path in paths:
         if path.exists() and not path.is_file():
             raise Failure(f"{path}: expected a file to write, found a folder or a device")
@@ -60,36 +60,12 @@ def check_writable(*paths):
         try:
             tempfile.TemporaryFile(dir=path.parent).close()
         except OSError as error:
-            error.filename = str(path.parent)  # not that of the trial
+            error.filename = str(path.parent)  # not the name of the temporary file
             raise
 
 
-def checksum(content):
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
-
-
-def write_json(path, content):
-    """Writes a dict as JSON, with a checksum: a changed digit leaves JSON that looks right."""
-    with atomic_write(path, "w") as file:
-        json.dump({"checksum": checksum(content)} | content, file, indent=1, allow_nan=False)
-        file.write("\n")
-
-
-def read_json(path):
-    """The dict that write_json wrote, None where there is no file; any other file is a Failure."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if content.pop("checksum") == checksum(content):
-            return content
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        pass
-    raise Failure(f"{path}: damaged, or not written by this project; restore or delete it")
-
-
 def hash_file(path):
-    """SHA-256 of a file's content in hex, "" where there is none, as behind a link to nothing."""
+    """Returns the SHA-256 of a file in hex, "" if it cannot be read (for example a broken link)."""
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except OSError as error:
@@ -98,34 +74,69 @@ def hash_file(path):
         return ""
 
 
-def versions(*packages):
-    """{name: version} of Python, of these installed packages and of the platform."""
-    found = {name: metadata.version(name) for name in packages}
-    return {"python": platform.python_version(), **found, "platform": platform.platform()}
+def checksum(content):
+    """Returns the CRC-32 of a dict, written as JSON."""
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
-def save_figure(path, figure, dpi):
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=dpi)
+def write_json(path, content):
+    """Writes a dict as JSON, with its checksum."""
+    content = {"checksum": checksum(content)} | content  # to notice a changed digit
+    with atomic_write(path, "w") as file:
+        json.dump(content, file, indent=1, allow_nan=False)
+        file.write("\n")
 
 
-def read_csv(path, *required):
-    """(columns, [(number of the line, {column: text})]); a malformed file is a Failure."""
+def read_json(path):
+    """Reads the dict that write_json wrote, None if there is no file.
+
+    Raises Failure if the file is damaged, or if it has no checksum.
+    """
     try:
-        reader = csv.reader(io.StringIO(path.read_text("utf-8-sig"), newline=""), strict=True)
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        expected = content.pop("checksum")
+        if checksum(content) == expected:
+            return content
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        pass  # what damaged JSON and JSON of another structure raise; see below
+    raise Failure(f"{path}: damaged, or not written by this project; restore it or delete it")
+
+
+def read_csv(path, *required_columns):
+    """Reads a CSV file. Returns (columns, [(line number, {column: text})]).
+
+    Raises Failure if it is not CSV in UTF-8, if a required column is missing, or a row too long.
+    """
+    try:
+        text = path.read_text("utf-8-sig")
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
         table = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
     except (UnicodeDecodeError, csv.Error) as error:
         raise Failure(f"{path}: not a CSV file in UTF-8 ({error})") from None
     columns = table[0][1] if table else []
-    for name in required:
+    for name in required_columns:
         if name not in columns:
-            expected = f"row 1, column {name}: expected its name, and commas between columns"
-            raise Failure(
-                f"{path}, {expected}, found {', '.join(columns) or 'an empty file'!r:.60}"
-            )
+            header = repr(", ".join(columns)) if columns else "an empty file"
+            expected = "expected a column of this name, and commas between the columns"
+            raise Failure(f"{path}, row 1, column {name}: {expected}, found {header:.60}")
     rows = []
-    for number, row in table[1:]:
-        if len(row) > len(columns):
-            raise Failure(f"{path}, row {number}: {len(row)} cells for {len(columns)} columns")
-        rows.append((number, dict.fromkeys(columns, "") | dict(zip(columns, row, strict=False))))
+    for line, cells in table[1:]:
+        if len(cells) > len(columns):
+            raise Failure(f"{path}, row {line}: {len(cells)} cells for {len(columns)} columns")
+        cells += [""] * (len(columns) - len(cells))  # a short row ends in empty cells
+        rows.append((line, dict(zip(columns, cells, strict=True))))
     return columns, rows
+
+
+def save_figure(path, figure, dpi):
+    """Saves a matplotlib figure as a PNG file."""
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=dpi)
+
+
+def versions(*packages):
+    """Returns {name: version} of Python, of these installed packages, and of the platform."""
+    installed = {name: metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), **installed, "platform": platform.platform()}

@@ -1,4 +1,10 @@
-"""The classes, splits and images of a data folder."""
+"""The classes, splits and images of a data folder.
+
+    DIR/{train,val,test}/{NORMAL,PNEUMONIA}/*.jpeg
+
+Only files directly inside a class folder count. Other files and folders may cause an error or a
+warning, which names them.
+"""
 
 import os
 from pathlib import Path
@@ -6,114 +12,149 @@ from pathlib import Path
 from cxr.errors import Failure, warn
 from cxr.files import read_json
 
-CLASSES = ("NORMAL", "PNEUMONIA")  # class 1, PNEUMONIA, is the positive one
-# of NORMAL and PNEUMONIA; Okabe & Ito, told apart by the colour-blind
-COLOURS = "#0072B2", "#D55E00"
-JPEGS = ".jfif", ".jpe", ".jpeg", ".jpg"
-SUFFIXES = {*JPEGS, ".bmp", ".dcm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-JUNK = "Thumbs.db", "desktop.ini"  # that operating systems leave in folders
-SPLITS = "train", "val", "test"
+CLASSES = ("NORMAL", "PNEUMONIA")  # labels 0 and 1; label 1 is the positive class
+BOTH_CLASSES = " and ".join(CLASSES)  # for messages
+COLOURS = ("#0072B2", "#D55E00")  # of labels 0 and 1; Okabe & Ito, for colour-blind readers
+SPLITS = ("train", "val", "test")
 SPLIT_FILE = "split_val.json"  # in the data folder: the files that split_val.py moves
 
+JPEGS = (".jfif", ".jpe", ".jpeg", ".jpg")
+SUFFIXES = {*JPEGS, ".bmp", ".dcm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+JUNK = ("Thumbs.db", "desktop.ini")  # files that Windows adds to folders
 
-def list_images(folder, others=False):
-    """Paths of the images directly inside `folder`, sorted by name; hidden files do not count.
 
-    others: warn of files that are no images by their suffix.
+def list_images(folder, warn_of_others=False):
+    """Returns the paths of the images directly inside `folder`, sorted by name.
+
+    Hidden files are ignored. A broken link counts as an image, so that it is reported later.
+    warn_of_others: print a warning for files and folders that are not read.
     """
     paths = [Path(folder, name) for name in sorted(os.listdir(folder)) if name[0] != "."]
-    # a link to nothing counts, to be reported; a pipe or a device does not
-    images = [p for p in paths if p.suffix.lower() in SUFFIXES and (p.is_file() or not p.exists())]
-    rest = [p for p in paths if p.suffix.lower() not in SUFFIXES and p.is_file()]
-    rest = [path.suffix or "no suffix" for path in rest if path.name not in JUNK]
-    if others and images and rest:
-        suffixes = ", ".join(sorted(set(rest)))
-        warn(
-            f"{folder}: {len(rest)} files are not read ({suffixes}), images are {image_suffixes()}"
-        )
-    for deeper in (path for path in paths if others and images and path.is_dir()):
-        if list_images(deeper):
-            warn(f"{deeper}: the images in it are not read, only those directly in {folder}")
+    images, others = [], []
+    for path in paths:
+        if path.suffix.lower() in SUFFIXES:
+            if path.is_file() or not path.exists():  # a file or a broken link
+                images.append(path)
+        elif path.is_file() and path.name not in JUNK:
+            others.append(path)
+    if warn_of_others and images:
+        if others:
+            suffixes = ", ".join(sorted({path.suffix or "no suffix" for path in others}))
+            n = len(others)
+            warn(
+                f"{folder}: files that are not read: {n} ({suffixes}), expected {image_suffixes()}"
+            )
+        for path in paths:
+            if path.is_dir() and list_images(path):
+                warn(f"{path}: its images are not read; only images directly in {folder} are read")
     return images
 
 
 def image_suffixes():
+    """Returns the suffixes of images in one line, for messages."""
     return " ".join(sorted(SUFFIXES))
 
 
-def list_split(data_dir, split, others=False):
-    """[(path, label)] of data_dir/split. Anything but the two class folders is a Failure."""
-    root = Path(data_dir, split)
+def list_split(data_dir, split, warn_of_others=False):
+    """Lists the images of data_dir/split as (path, label) pairs.
+
+    Raises Failure if a class folder is missing, empty or a link, or if a folder is not a class.
+    """
+    data_dir = Path(data_dir)
+    root = data_dir / split
     if not root.is_dir():
-        hint = f"see --data-dir{suggest_data_dir(data_dir)}"
-        if split == "val" and Path(data_dir, "train").is_dir():
-            hint = "run split_val.py first"
-        raise Failure(f"{root}: no such folder, expected {' and '.join(CLASSES)} in it ({hint})")
-    if others and list_images(root):
-        warn(f"{root}: the images directly in it are not read, only those in its class folders")
-    for folder in sorted(p for p in root.iterdir() if p.is_dir()):
-        if folder.name not in CLASSES:
-            raise Failure(
-                f"{folder}: expected only the folders {' and '.join(CLASSES)}, spelled so; "
-                "rename or move it"
-            )
+        if split == "val" and (data_dir / "train").is_dir():
+            advice = "run split_val.py first"
+        else:
+            advice = suggest_data_dir(data_dir)
+        raise Failure(f"{root}: no such folder, expected {BOTH_CLASSES} in it ({advice})")
+    check_only_classes(root)
+    if warn_of_others and list_images(root):
+        warn(f"{root}: images directly in it are not read; only those in the class folders are")
     images = []
     for label, name in enumerate(CLASSES):
         folder = root / name
         if not folder.is_dir():
-            raise Failure(f"{folder}: no such folder, expected the {name} images of {split} in it")
+            raise Failure(f"{folder}: no such folder, expected the {name} images in it")
         if root.is_symlink() or folder.is_symlink():
+            # Moving files through a link would change the folder that it points to.
             raise Failure(
-                f"{folder}: found a link; link the whole data folder, or name it with --data-dir "
-                "(a tree of links to images elsewhere: split_val.py --link-from)"
+                f"{folder}: found a link, expected a folder. Name the real data folder with "
+                "--data-dir, or link its images with split_val.py --link-from"
             )
-        paths = list_images(folder, others)
+        paths = list_images(folder, warn_of_others)
         if not paths:
-            names = sorted({p.suffix or p.name for p in folder.iterdir() if p.name[0] != "."})
-            found = f"only {', '.join(names[:5])}" if names else "an empty folder"
-            deeper = [each for each in sorted(folder.glob("*/")) if list_images(each)]
-            move = f"; move the images in {deeper[0]} up into it" if deeper else ""
-            raise Failure(f"{folder}: expected images ({image_suffixes()}), found {found}{move}")
+            raise no_images_failure(folder)
         images += [(path, label) for path in paths]
     return images
 
 
+def list_splits(data_dir, splits, warn_of_others=False):
+    """Lists the images of several splits as (path, label, split) triples."""
+    images = []
+    for split in splits:
+        pairs = list_split(data_dir, split, warn_of_others)
+        images += [(path, label, split) for path, label in pairs]
+    return images
+
+
+def check_only_classes(root):
+    """Raises Failure if a folder in `root` is not a class."""
+    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+        if folder.name not in CLASSES:
+            expected = f"expected only the folders {BOTH_CLASSES}, with exactly this spelling"
+            raise Failure(f"{folder}: {expected}; rename it or move it away")
+
+
+def no_images_failure(folder):
+    """Returns the Failure for a class folder without images."""
+    visible = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    names = sorted({path.suffix or path.name for path in visible})
+    content = f"only {', '.join(names[:5])}" if names else "an empty folder"
+    message = f"{folder}: expected images ({image_suffixes()}), found {content}"
+    for subfolder in sorted(folder.glob("*/")):
+        if list_images(subfolder):
+            return Failure(f"{message}; move the images of {subfolder} up into {folder}")
+    return Failure(message)
+
+
 def suggest_data_dir(data_dir):
-    """Where the data folder may be instead, in words: one above, or one or two below."""
-    data_dir = Path(data_dir)
-    levels = [data_dir.parent, *sorted(data_dir.glob("*/")), *sorted(data_dir.glob("*/*/"))]
-    for level in levels:
-        if level.name != "__MACOSX" and all((level / "train" / name).is_dir() for name in CLASSES):
-            return f" {level}"
-    return ""
+    """Returns advice that names a data folder one level above, or up to two below data_dir."""
+    candidates = [data_dir.parent, *sorted(data_dir.glob("*/")), *sorted(data_dir.glob("*/*/"))]
+    for folder in candidates:
+        is_data_folder = all((folder / "train" / name).is_dir() for name in CLASSES)
+        if is_data_folder and folder.name != "__MACOSX":  # which macOS adds to zip files
+            return f"use --data-dir {folder}"
+    return "see --data-dir"
 
 
 def check_split_is_complete(data_dir):
-    """A Failure where split_val.py was interrupted."""
-    record = read_json(Path(data_dir, SPLIT_FILE)) or {"moved": {}}
+    """Raises Failure if split_val.py was interrupted before it had moved all images."""
+    record = read_json(Path(data_dir, SPLIT_FILE))
+    if record is None:
+        return
     for name, files in record["moved"].items():
-        if left := [file for file in files if os.path.lexists(Path(data_dir, "train", name, file))]:
-            raise Failure(
-                f"{Path(data_dir, 'train', name, left[0])}: expected it in val/, as {SPLIT_FILE} "
-                f"says ({len(left)} such images); run split_val.py again to complete the split"
-            )
+        train = Path(data_dir, "train", name)
+        remaining = [file for file in files if os.path.lexists(train / file)]
+        if remaining:
+            what = f"expected it in val/, as {SPLIT_FILE} says ({len(remaining)} such images)"
+            raise Failure(f"{train / remaining[0]}: {what}; run split_val.py again to complete it")
 
 
 def list_val(data_dir):
-    """{class: names of its images in val/}; a missing or an empty folder has none."""
-    val, paths = data_dir / "val", []
-    for path in val.iterdir() if val.is_dir() else ():
-        if path.is_dir() and path.name not in CLASSES:
-            raise Failure(
-                f"{path}: expected only the folders {' and '.join(CLASSES)}; move it away"
-            )
+    """Returns {class: names of its images in val/}. A missing folder counts as empty."""
+    val = data_dir / "val"
+    if val.is_dir():
+        check_only_classes(val)
+    paths = []
     for folder in (val, *(val / name for name in CLASSES)):
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
             raise Failure(f"{folder}: expected a folder, found a link or a file; move it away")
-        paths += list_images(folder) if folder.exists() else []
+        if folder.exists():
+            paths += list_images(folder)
     return names_by_class(paths)
 
 
 def names_by_class(paths):
-    """{class: sorted file names}."""
+    """Returns {class: sorted file names} of paths whose folders are named like the classes."""
     return {name: sorted(p.name for p in paths if p.parent.name == name) for name in CLASSES}

@@ -1,4 +1,4 @@
-"""Cross-validation: folds, spread, doubtful labels."""
+"""Cross-validation: the folds, the spread of the scores, and doubtful labels."""
 
 import contextlib
 import csv
@@ -12,79 +12,112 @@ from cxr.errors import Failure
 from cxr.files import atomic_write, save_figure
 from cxr.folders import CLASSES
 
+N_DRAWN = 12  # images in doubtful_labels.png
+
 
 def spread(values):
-    """mean, deviation, min and max of numbers, as a dict."""
+    """Returns mean, standard deviation, minimum and maximum of numbers; None values are ignored."""
     values = [value for value in values if value is not None]
     if not values:
-        return dict.fromkeys(("mean", "deviation", "min", "max"))
+        return {"mean": None, "deviation": None, "min": None, "max": None}
+    mean = statistics.fmean(values)
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    spread = {"deviation": deviation, "min": min(values), "max": max(values)}
-    return {"mean": statistics.fmean(values)} | spread
+    return {"mean": mean, "deviation": deviation, "min": min(values), "max": max(values)}
 
 
-def patient_folds(images, labels, n_folds, seed):
-    """[rows of a fold], whole patients, the classes evenly spread, drawn from the seed."""
+def patient_folds(xrays, labels, n_folds, seed):
+    """Divides images into folds. A patient is in one fold only, and each fold has both classes.
+
+    Returns one int64 tensor of rows for each fold. Raises Failure if this is not possible.
+    """
     from sklearn.model_selection import StratifiedGroupKFold
 
-    patients = [image.group for image in images]
+    groups = [xray.group for xray in xrays]
     splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
-    # a class with fewer images than folds is warned of, or refused
+    # If a class has fewer images than there are folds, scikit-learn warns or raises ValueError.
     with contextlib.suppress(ValueError), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        folds = [torch.from_numpy(rows) for _, rows in splitter.split(labels, labels, patients)]
+        folds = [torch.from_numpy(rows) for _, rows in splitter.split(labels, labels, groups)]
         if all(0 < labels[rows].sum() < len(rows) for rows in folds):
             return folds
-    raise Failure(f"--folds {n_folds}: a fold has no patient of a class; use fewer, or --seed")
+    problem = f"--folds {n_folds}: a fold would have no image of a class"
+    raise Failure(f"{problem}; use fewer folds, or another --seed")
 
 
-def write_doubtful(table, probs, labels, images, args):
-    """The images by how badly the heads that had not seen them fit their labels, the worst first.
+def rank_doubtful(probs, labels, xrays, threshold, data_dir):
+    """Ranks images by how wrong their held-out predictions are, the worst first.
 
-    probs: float32 (n_repeats, N), held out. A doubtful label is a reason to look, not an error.
-    Returns the worst 12 as (image, mean probability).
+    probs: float32 (n_repeats, N), of heads that were not trained on the image; labels: float32
+    (N,). Returns (row numbers in this order, the lines of doubtful_labels.csv as dicts).
     """
+    # Ranks like self-confidence, the probability of the given label (Northcutt et al. 2021).
     losses = nn.functional.binary_cross_entropy(probs, labels.expand_as(probs), reduction="none")
-    mean, loss = probs.mean(0), losses.mean(0)
-    missed = ((probs > args.threshold) != (labels > 0.5)).sum(0)
-    order = loss.argsort(descending=True, stable=True).tolist()
-    files = [image.path.relative_to(args.data_dir).as_posix() for image in images]
-    with atomic_write(table, "w") as file:
-        writer = csv.writer(file)
-        writer.writerow(("file", "label", "mean_probability", "mean_loss", "missed", "repeats"))
-        for row in order:
-            told = files[row], CLASSES[images[row].label], f"{mean[row]:.4f}", f"{loss[row]:.4f}"
-            writer.writerow((*told, missed[row].item(), len(probs)))
-    return [(images[row], mean[row].item()) for row in order[:12]]
+    mean_loss, mean_prob = losses.mean(0), probs.mean(0)
+    n_missed = ((probs > threshold) != (labels > 0.5)).sum(0)
+    order = mean_loss.argsort(descending=True, stable=True).tolist()
+    table = []
+    for row in order:
+        file = xrays[row].path.relative_to(data_dir).as_posix()
+        line = {"file": file, "label": CLASSES[xrays[row].label]}
+        line |= {"mean_probability": mean_prob[row].item(), "mean_loss": mean_loss[row].item()}
+        line |= {"missed": n_missed[row].item(), "repeats": len(probs)}
+        table.append(line)
+    return order, table
 
 
-def draw_doubtful(path, worst, pictures):
-    """The images that write_doubtful returned; pictures: of them, PIL, mode L."""
+def write_doubtful(path, table):
+    """Writes doubtful_labels.csv."""
+    with atomic_write(path, "w") as file:
+        writer = csv.DictWriter(file, table[0].keys())
+        writer.writeheader()
+        for row in table:
+            rounded = {name: f"{row[name]:.4f}" for name in ("mean_probability", "mean_loss")}
+            writer.writerow(row | rounded)
+
+
+def draw_doubtful(path, table, pictures):
+    """Draws the images at the top of doubtful_labels.csv. pictures: PIL, mode L, at most 12."""
     from matplotlib.figure import Figure
 
     figure = Figure((10, 8.4), layout="constrained")
-    figure.suptitle("The most doubtful labels: a reason to look, not an error (P: of PNEUMONIA)")
-    for ax in figure.subplots(3, 4).flat:
+    figure.suptitle(
+        f"The labels that the held-out predictions contradict most: check them\n"
+        f"(a doubtful label need not be wrong; P is the probability of {CLASSES[1]})"
+    )
+    for ax in figure.subplots(3, 4).flat:  # N_DRAWN places
         ax.axis("off")
-    for ax, (image, mean), picture in zip(figure.axes, worst, pictures, strict=False):
+    for ax, row, picture in zip(figure.axes, table, pictures, strict=False):
         ax.imshow(picture, cmap="gray", vmin=0, vmax=255)
-        told = f"label {CLASSES[image.label]}, held out P {mean:.2f}"
-        ax.set_title(f"{image.path.name:.34}\n{told}", fontsize=7, parse_math=False)
+        name = row["file"].rpartition("/")[2]
+        text = f"label {row['label']}, held-out P {row['mean_probability']:.2f}"
+        # A name may contain $, which begins a formula in Matplotlib.
+        ax.set_title(f"{name:.34}\n{text}", fontsize=7, parse_math=False)
     save_figure(path, figure, 110)
 
 
 def print_cross_validation(metrics, epochs, n, args):
+    """Prints the table of a cross-validation.
+
+    metrics: {score: {value, low, high, deviation, min, max, single_split}}; epochs: {mean,
+    deviation, min, max, single_split} of the best epoch; n: number of images.
+    """
     draws = f"{args.folds} folds x {args.repeats} repeats"
-    print(f"Cross-validation: {draws}, {n} images, whole patients")
-    print("A fold is held out, the next one stops the training early, the others train")
-    line = "{:18}{:>8}  {:15} {:>8}{:>8}{:>8}{:>15}"
-    print(line.format("", "", "", "spread", "of the", "folds", "single split"))
-    print(line.format("held out", "value", "95 % interval", "dev", "min", "max", "(val)"))
+    print(f"Cross-validation: {draws}, {n} images; a patient is in one fold only")
+    print("Each fold is predicted once; the previous fold stops the training; the others train.")
+    columns = "{:18}{:>8}  {:15} {:>8}{:>8}{:>8}{:>15}"
+    print(columns.format("", "", "", "", "lowest", "highest", "trained on"))
+    header = ("score", "value", "95 % interval", "SD", "fold", "fold", "train/ only")
+    print(columns.format(*header))
     for name, row in metrics.items():
         interval = "" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
-        cells = (row[key] for key in ("deviation", "min", "max", "single_split"))
-        value, *cells = ("-" if x is None else f"{x:.3f}" for x in (row["value"], *cells))
-        print(line.format(name, value, interval, *cells))
-    cells = (epochs[key] for key in ("mean", "deviation", "min", "max", "single_split"))
-    mean, *cells = ("-" if x is None else f"{x:.1f}" for x in cells)
-    print(line.format("best epoch", mean, "", *cells))
+        cells = [row[key] for key in ("value", "deviation", "min", "max", "single_split")]
+        value, *cells = [format_cell(cell, 3) for cell in cells]
+        print(columns.format(name, value, interval, *cells))
+    cells = [epochs[key] for key in ("mean", "deviation", "min", "max", "single_split")]
+    mean, *cells = [format_cell(cell, 1) for cell in cells]
+    print(columns.format("best epoch", mean, "", *cells))
+
+
+def format_cell(value, digits):
+    """Formats a number for a table, "-" if there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,72 +1,100 @@
-"""Finds images and patients shared between splits."""
+"""Finds images and patients that are in more than one split."""
 
 import contextlib
 from collections import Counter
 
 from cxr.errors import Failure
-from cxr.folders import list_split
+from cxr.folders import list_splits
 from cxr.patients import METADATA, identify_all
 
-
-def leak_warnings(args, model, images, training):
-    """Warnings about images that the model learned from, and about a model of other images.
-
-    images: [Xray], which are scored; training: [Xray] of train/ and val/.
-    """
-    by_split = model.info.get("images", {}).values()
-    learned = {digest for found in by_split for digest in found.values()}
-    here = {image.sha256 for image in training}
-    doubts = []
-    if learned and here and (strange := learned - here):
-        which = f"{len(strange)} of the {len(learned)} images that the model learned from"
-        other = "it is an older model, or one of other data"
-        doubts.append(f"{which} are not in train/ and val/: {other}")
-    if args.split != "test":
-        made = f"the network was made with the {args.split} images"
-        return [*doubts, f"{made}: these numbers are NO TEST RESULT"]
-    if leaked := [image.path.name for image in images if image.sha256 in learned | here]:
-        which = f"{len(leaked)} of {len(images)} test images"
-        among = f"WERE AMONG THE TRAINING OR VALIDATION IMAGES, as {leaked[0]}"
-        doubts.append(f"{which} {among}: these numbers are no test result")
-    patients = {image.patient for image in training} - {None}
-    if both := [image for image in images if image.patient in patients]:
-        which = f"{len(both)} of {len(images)} test images are of patients in train/ or val/"
-        doubts.append(f"{which}, as {both[0].path.name}: these numbers are no test result")
-    return doubts
-
-
-def list_training_xrays(data_dir, rows):
-    """([Xray] of train/ and val/, as far as they are there; why there are none)."""
-    try:
-        found = list_split(data_dir, "train")
-        with contextlib.suppress(Failure):
-            found += list_split(data_dir, "val")
-    except Failure as reason:
-        return [], str(reason)
-    return identify_all(found, rows), ""
-
-
-def find_shared_patients(report, xrays):
-    """Adds to the report the patients in several splits, and those of several images in one."""
-    unknown = report["no_patient"] = [xray.file for xray in xrays if xray.patient == xray.file]
-    if unknown:
-        which = f"{unknown[0]}: the name tells no patient ({len(unknown)} such images)"
-        report["warnings"].append(f"{which}; {METADATA} with file_name and patient_id can tell it")
-    patients, across = {}, {}
-    pairs = dict.fromkeys([xray.split for xray in xrays], 0)
-    for xray in xrays:
-        patients.setdefault(xray.patient, []).append(xray)
-    for patient, images in patients.items():
-        splits = Counter(xray.split for xray in images)
-        for name, n in splits.items():
-            pairs[name] += n * (n - 1) // 2
-        if len(splits) > 1:
-            across[patient] = [xray.file for xray in images]
-            level = "errors" if is_leak(splits) else "warnings"
-            report[level].append(f"patient {patient} is in {' and '.join(splits)}")
-    report |= {"patients_across": across, "same_patient_pairs": pairs}
+NO_RESULT = "these scores are no test result"
 
 
 def is_leak(splits):
-    """Whether what these splits share makes the scores on the test images too good."""
+    """Returns True if one of several splits is test: what they share makes its scores too good."""
     return "test" in splits and len(splits) > 1
+
+
+def list_training_xrays(data_dir, rows):
+    """Returns (Xrays of train/ and val/, the reason if there are none).
+
+    rows: the result of read_metadata.
+    """
+    try:
+        listed = list_splits(data_dir, ["train"])
+    except Failure as reason:
+        return [], str(reason)
+    with contextlib.suppress(Failure):  # there is no val/, or it cannot be used
+        listed += list_splits(data_dir, ["val"])
+    return identify_all(listed, rows), ""
+
+
+def leak_warnings(model_info, xrays, training, split):
+    """Returns warnings about images that the model knows, and about a model of other data.
+
+    model_info: the content of model.json; xrays: the images that are scored, of `split`;
+    training: the Xrays of train/ and val/.
+    """
+    learned = set()  # SHA-256 of the model's training and validation images
+    for images in model_info.get("images", {}).values():
+        learned |= set(images.values())
+    present = {xray.sha256 for xray in training}
+    warnings = []
+    absent = learned - present
+    if learned and present and absent:
+        warnings.append(
+            f"{len(absent)} of the {len(learned)} images that the model was made with are not "
+            "in train/ or val/: the model is older than these folders, or belongs to other data"
+        )
+    if split != "test":
+        reason = f"the model was made with the {split} images"
+        warnings.append(f"{reason}: these scores are NO TEST RESULT")
+        return warnings
+
+    used = learned | present  # the folders may have changed since the training
+    same = [xray for xray in xrays if xray.sha256 in used]
+    patients = {xray.patient for xray in training} - {None}
+    shared = [xray for xray in xrays if xray.patient in patients]
+    if same:
+        example = f"for example {same[0].path.name}"
+        what = "test images ARE ALSO TRAINING OR VALIDATION IMAGES"
+        warnings.append(f"{len(same)} of {len(xrays)} {what}, {example}: {NO_RESULT}")
+    if shared:
+        example = f"for example {shared[0].path.name}"
+        what = "test images are from patients who are also in train/ or val/"
+        warnings.append(f"{len(shared)} of {len(xrays)} {what}, {example}: {NO_RESULT}")
+    return warnings
+
+
+def find_shared_patients(examined):
+    """Finds patients who are in several splits, and images whose patient is unknown.
+
+    examined: list of cxr.check.ExaminedXray, of all splits.
+    Returns (entries of the check's report, errors, warnings).
+    """
+    errors, warnings = [], []
+    unknown = [x.file for x in examined if x.xray.patient is None]
+    if unknown:
+        warnings.append(
+            f"images without a known patient: {len(unknown)}, for example {unknown[0]}. Each "
+            f"counts as one patient. Name them in {METADATA}, in the columns file_name and "
+            "patient_id"
+        )
+    images_of = {}  # of each patient
+    for x in examined:
+        images_of.setdefault(x.patient, []).append(x)
+    across = {}  # patients in several splits, with their files
+    pairs = {x.xray.split: 0 for x in examined}
+    for patient, images in images_of.items():
+        splits = Counter(x.xray.split for x in images)
+        for split, n in splits.items():
+            pairs[split] += n * (n - 1) // 2  # ways to choose 2 of n images
+        if len(splits) > 1:
+            across[patient] = [x.file for x in images]
+            message = f"patient {patient} is in {' and '.join(splits)}"
+            if is_leak(splits):
+                errors.append(message)
+            else:
+                warnings.append(message)
+    entries = {"no_patient": unknown, "patients_across": across, "same_patient_pairs": pairs}
+    return entries, errors, warnings

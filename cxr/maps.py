@@ -1,7 +1,9 @@
-"""Class activation maps."""
+"""Class activation maps: which regions of an image raise or lower the network's score."""
 
 import copy
 
+import PIL.Image
+import PIL.ImageDraw
 import PIL.ImageFont
 import torch
 from torch import nn
@@ -10,82 +12,105 @@ from cxr.errors import Failure
 from cxr.files import atomic_write
 from cxr.folders import CLASSES, COLOURS
 
+BATCH = 16  # images
+
 
 def class_maps(model, pixels):
-    """Maps float32 (n, h, w) of uint8 (n, 1, SIZE, SIZE), or None where the network has none.
+    """Computes class activation maps, float32 (N, h, w), or None if the network has none.
 
-    A network that ends in global average pooling and one Linear gives the logit as the mean over
-    positions of weight . last feature map + bias (Zhou et al. 2016): that sum is the map, positive
-    where it speaks for PNEUMONIA. The last feature map is told by its mean, which is the features.
+    A map is positive where the image speaks for the positive class. Source: Zhou et al. 2016.
+    pixels: uint8 (N, 1, SIZE, SIZE).
     """
-    device, width = model.device, model.backbone.width
-    network = copy.deepcopy(model.backbone.network).to(device)
+    feature_map = last_feature_map(model, pixels)
+    if feature_map is None:
+        return None
+    # The mean of this map over all positions is the logit, because pooling is linear.
+    return torch.einsum("nchw,c->nhw", feature_map, model.head.weight[0]) + model.head.bias
+
+
+def last_feature_map(model, pixels):
+    """Returns the feature map before global average pooling, float32 (N, width, h, w), or None."""
+    network = copy.deepcopy(model.backbone.network).to(model.device)
+    width = model.backbone.width
     outputs = []
 
-    def keep(module, inputs, output):
+    def keep_output(module, inputs, output):
         if isinstance(output, torch.Tensor) and output.ndim == 4 and output.shape[1] == width:
             outputs.append(output)
 
-    hooks = [module.register_forward_hook(keep) for module in network.modules()]
+    hooks = [module.register_forward_hook(keep_output) for module in network.modules()]
     with torch.inference_mode():
-        features = network(model.backbone.normalize(pixels.to(device)))
+        features = network(model.backbone.normalize(pixels.to(model.device)))
     for hook in hooks:
         hook.remove()
-    # compared only now: a DenseNet's last ReLU changes the map in place
+    # The feature map is the last output whose mean over the positions equals the features. The
+    # outputs are compared after the pass: the last ReLU of a DenseNet changes its input in place.
+    tolerance = 1e-4 * features.abs().max().item()
     for output in reversed(outputs):
-        tolerance = 1e-4 * features.abs().max().item()
-        mean = output.mean((2, 3))
-        if output[0, 0].numel() > 1 and torch.allclose(mean, features, rtol=1e-3, atol=tolerance):
-            maps = torch.einsum("nchw,c->nhw", output.cpu(), model.head.weight[0])
-            return maps + model.head.bias
+        has_positions = output[0, 0].numel() > 1
+        if has_positions and torch.allclose(output.mean((2, 3)), features, 1e-3, tolerance):
+            return output.cpu()
     return None
 
 
-def overlay(view, heat):
-    """The picture uint8 (1, SIZE, SIZE) under its map: orange for PNEUMONIA, blue for NORMAL."""
+def overlay(view, class_map):
+    """Draws a class activation map over its image. Returns uint8 (SIZE, SIZE, 3).
+
+    view: uint8 (1, SIZE, SIZE); class_map: float32 (h, w). Orange is positive, blue is negative.
+    """
     from matplotlib.colors import to_rgb
 
-    view = view[0, :, :, None].float()
-    heat = nn.functional.interpolate(heat[None, None], view.shape[:2], mode="bilinear")
-    heat = heat[0, 0, :, :, None]
-    orange, blue = (torch.tensor(to_rgb(COLOURS[label])) * 255 for label in (1, 0))
-    strength = 0.7 * heat.abs() / heat.abs().max().clamp(min=1e-12)
-    picture = view * (1 - strength) + torch.where(heat > 0, orange, blue) * strength
+    grey = view[0, :, :, None].float()
+    heat = nn.functional.interpolate(class_map[None, None], grey.shape[:2], mode="bilinear")
+    heat = heat[0, 0, :, :, None]  # shaped like grey
+    blue, orange = (torch.tensor(to_rgb(colour)) * 255 for colour in COLOURS)
+    opacity = 0.7 * heat.abs() / heat.abs().max().clamp(min=1e-12)
+    picture = grey * (1 - opacity) + torch.where(heat > 0, orange, blue) * opacity
     return picture.round().byte().numpy()
 
 
 def read_overlays(model, views, rows):
-    """Yields (picture, overlay or None), uint8 (SIZE, SIZE) and (SIZE, SIZE, 3), of these rows.
+    """Yields (image uint8 (SIZE, SIZE), its overlay uint8 (SIZE, SIZE, 3) or None) for each row.
 
-    views: common.Views of the images.
+    views: common.Views of the images; rows: list of row numbers.
     """
-    for start in range(0, len(rows), 16):
-        found = [views[i] for i in rows[start : start + 16]]
-        for i, _, reason in found:
+    # In batches, so that any number of images fits into the memory.
+    for start in range(0, len(rows), BATCH):
+        items = [views[row] for row in rows[start : start + BATCH]]
+        for row, _, reason in items:
             if reason:
-                raise Failure(f"{views.images[i].path}: {reason}; it could be read a moment ago")
-        pixels = torch.cat([pictures for _, pictures, _ in found])
+                raise Failure(f"{views.xrays[row].path}: {reason}; run evaluate.py again")
+        pixels = torch.cat([item_views for _, item_views, _ in items])
         maps = class_maps(model, pixels)
         for i, view in enumerate(pixels):
-            yield view[0].numpy(), None if maps is None else overlay(view, maps[i])
+            picture = None if maps is None else overlay(view, maps[i])
+            yield view[0].numpy(), picture
 
 
-def write_overlays(folder, model, views, table):
-    """One PNG an image in `folder`, below the name of its class if it has one."""
-    taken, images = set(), views.images
-    pictures = read_overlays(model, views, range(len(images)))
-    for image, prob, (_, picture) in zip(images, table.probs, pictures, strict=True):
-        group = folder if image.label is None else folder / CLASSES[image.label]
-        path, number = group / f"{image.path.name}.png", 2
-        while path in taken:  # a namesake from another folder
-            path, number = group / f"{image.path.name}-{number}.png", number + 1
-        taken.add(path)
-        told = f"P(PNEUMONIA) {prob:.3f}"
-        told += "" if image.label is None else f", labelled {CLASSES[image.label]}"
-        page = PIL.Image.new("RGB", (448, 488), "white")
-        page.paste(PIL.Image.fromarray(picture).resize((448, 448)), (0, 40))
-        caption = f"{told}\norange speaks for PNEUMONIA, blue for NORMAL"
-        PIL.ImageDraw.Draw(page).text((4, 2), caption, "black", PIL.ImageFont.load_default(14))
+def write_overlays(folder, model, views, probs):
+    """Writes one PNG for each image into `folder`, in a subfolder of its class if it has a label.
+
+    probs: float32 (N,), P(positive) of the images.
+    """
+    font = PIL.ImageFont.load_default(14)
+    legend = f"orange: evidence for {CLASSES[1]}; blue: evidence for {CLASSES[0]}"
+    written = set()
+    overlays = read_overlays(model, views, list(range(len(views))))
+    for xray, prob, (_, picture) in zip(views.xrays, probs, overlays, strict=True):
+        title = f"P({CLASSES[1]}) {prob:.3f}"
+        subfolder = folder
+        if xray.label is not None:
+            title += f", label {CLASSES[xray.label]}"
+            subfolder = folder / CLASSES[xray.label]
+        path = subfolder / f"{xray.path.name}.png"
+        number = 2
+        while path in written:  # new images of two folders may have one name
+            path = subfolder / f"{xray.path.name}-{number}.png"
+            number += 1
+        written.add(path)
+        sheet = PIL.Image.new("RGB", (448, 488), "white")
+        sheet.paste(PIL.Image.fromarray(picture).resize((448, 448)), (0, 40))
+        PIL.ImageDraw.Draw(sheet).text((4, 2), f"{title}\n{legend}", "black", font)
         with atomic_write(path) as file:
-            page.save(file, format="png")
-    print(f"Class activation maps of {len(images)} images in {folder}")
+            sheet.save(file, format="png")
+    print(f"Wrote class activation maps of {len(views)} images to {folder}")

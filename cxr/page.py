@@ -1,133 +1,38 @@
-"""The report, on the screen and as a web page."""
+"""The report of evaluate.py, on the screen and as a web page. Both show summary_rows and sections.
+
+To add a score: add it to SCORES and to score() in cxr/scores.py; for an interval, also to
+measure_scores there. Screen (print_scores) and page (write_page) list all of report["metrics"].
+"""
 
 import base64
 import html
 
 from cxr.compare import COMPARED
-from cxr.errors import SHOWN
+from cxr.errors import SHOWN, either
 from cxr.files import atomic_write
+from cxr.folders import CLASSES
 from cxr.novelty import SHIFT
 from cxr.patients import METADATA
 from cxr.proportions import format_interval
 
+NAMES = {"f1": "F1", "auroc": "AUROC", "ppv": "PPV", "npv": "NPV", "ece": "ECE"}
+LEAD = ("accuracy", "auroc", "sensitivity", "specificity")  # scores in the first lines of the page
+FEW_PATIENTS = 30  # in a class; with fewer, the intervals are rough
+
 PICTURES = {
-    "roc": "Every threshold: sensitivity against false alarms",
-    "precision_recall": "Every threshold: precision against sensitivity",
-    "confusion": "What was called what",
-    "reliability": "Probability against what came true",
-    "scores": "The probabilities of each class",
-    "worst": "Where there are maps, orange speaks for PNEUMONIA, blue for NORMAL",
+    "roc": "ROC curve: sensitivity and false positive rate for every threshold",
+    "precision_recall": "Precision-recall curve: precision and sensitivity for every threshold",
+    "confusion": "Confusion matrix: the true and the predicted classes",
+    "reliability": "Calibration: predicted probability and observed share",
+    "scores": "Probabilities of the images of each class",
+    "worst": f"Orange is evidence for {CLASSES[1]}, blue is evidence for {CLASSES[0]}",
 }
-NOT_ASSESSED = "age", "sex", "device"  # unless metadata.csv has a column of that name
-
-
-def print_report(report):
-    """The reference's two lines, then everything in metrics.json, for the eye."""
-    metrics, word = report["metrics"], report["split"].capitalize()
-    print(f"{word} accuracy: {metrics['accuracy']['value']:.3f}")
-    print(f"{word} F1-score: {metrics['f1']['value']:.3f}\n")
-    for name, text in summary_rows(report):
-        print(f"{name:11} {text}")
-    print(f"\n{'':18} {'value':>9}   95 % interval")
-    for name, each in metrics.items():
-        value, _, between = format_interval(each).partition(" ")
-        print(f"{name:18} {value:>9}   {between.strip('()')}".rstrip())
-    for each in report["subgroups"].values():
-        group = f"{each['metric']}, {each['group']}"
-        print(f"  {group:36} {format_interval(each)}, n = {each['n']}")
-    counts = report["counts"]
-    print(f"\n{'':22}{'predicted NORMAL':>18}{'predicted PNEUMONIA':>22}")
-    print(f"{'truth NORMAL':22}{counts['tn']:>18}{counts['fp']:>22}")
-    print(f"{'truth PNEUMONIA':22}{counts['fn']:>18}{counts['tp']:>22}\n")
-    for title, lines in sections(report):
-        print(f"{title}: {lines[0]}" if len(lines) == 1 else f"{title}:")
-        for line in lines if len(lines) > 1 else ():
-            print(f"  {line}")
-
-
-def summary_rows(report):
-    """[(name, text)]: which model, threshold and images, for the screen and the page."""
-    model, left_out = report["model"] or {}, report["left_out"]
-    known = [f"{key} {model[key]}" for key in ("weights", "epoch") if model.get(key) is not None]
-    parts = (model.get("file") or "unknown", model.get("arch"), *known, model.get("date"))
-    threshold = f"{report['threshold']:.4g} ({report['threshold_from']})"
-    if " on val" in threshold and (scores := model.get("at_threshold")):
-        there = [
-            f"{name} {format_interval(scores[name])}" for name in ("sensitivity", "specificity")
-        ]
-        threshold += f"; there {', '.join(there)}"
-    patients = [f"{n} {name}" for name, n in report["patients_by_class"].items()]
-    images = f"{report['n']} of {report['patients']} patients ({', '.join(patients)})"
-    if unknown := report["names_without_patient"]:
-        images += f"; nothing tells the patient of {unknown}, each counts as one"
-    rough = "; fewer than 30 patients in a class: intervals are rough"
-    images += rough if min(report["patients_by_class"].values()) < 30 else ""
-    counted = [f"{n} of {folder}" for folder, n in left_out.items()]
-    learned = [f"{n} {split}" for split, n in (model.get("images") or {}).items()]
-    return [
-        ("Model", ", ".join(part for part in parts if part)),
-        ("Trained on", f"{' and '.join(learned) or 'unknown'} images"),
-        ("Threshold", threshold),
-        ("Data", report["data"]),
-        ("Images", images),
-        ("Unreadable", f"{', '.join(counted)}: left out" if counted else "none"),
-    ]
-
-
-def sections(report):
-    """Yields (title, lines): what stands beside the scores, for the screen and the page."""
-    calibration, numbers, other = report["calibration"], report["shortcut"], report["comparison"]
-    if alike := report["without_spread"]:
-        none = "every bootstrap sample has the same, none can be given"
-        yield f"No interval of {', '.join(alike)}", [none]
-    slope, intercept = (
-        format_interval(calibration["slope"]),
-        format_interval(calibration["intercept"]),
-    )
-    before, after = (calibration[key]["brier"] for key in ("without", "with"))
-    lines = [f"intercept {intercept}, 0 if right; slope {slope}, 1 if right"]
-    if calibration["platt"] != {"slope": 1, "intercept": 0}:
-        fitted = "the slope and intercept that were fitted on val and are part of every number here"
-        lines.append(f"Brier {after:.3f} with {fitted}; {before:.3f} without")
-    yield "Calibration", lines
-    share = sum(report["counts"][key] for key in ("tp", "fn")) / report["n"]
-    here = f"{100 * share:.0f} % of these images are PNEUMONIA. In a clinic where fewer are, a "
-    lines = [f"{here}positive result means less. With the share taken as known:"]
-    for each in report["elsewhere"]:
-        values = f"PPV {format_interval(each['ppv'])}, NPV {format_interval(each['npv'])}"
-        lines.append(f"{100 * each['prevalence']:4.3g} %: {values}")
-    yield "What a result means elsewhere", lines
-    if group := report["unlike"]:
-        shift = f"; all are shifted by {group['shift'] or 0:.2f} deviations, {SHIFT} would be much"
-        shift = "" if group["shift"] is None else shift
-        names = ", ".join(group["files"][:SHOWN])
-        more = ", ..." * (len(group["files"]) > SHOWN)
-        counted = f"{group['over']} of {group['n']}, 1 in 100 expected{shift}"
-        yield "Images unlike those of training", [f"{counted}{': ' * bool(names)}{names}{more}"]
-    if numbers and "none" in numbers:
-        none = f"none to compare with ({numbers['none']})"
-        yield "One number instead of the network", [none]
-    elif numbers:
-        chosen = f"chosen on {numbers['fitted_on']} images of train/ and val/"
-        lines = []
-        for name in (numbers["number"], "all numbers"):
-            each = numbers["numbers"][name]
-            gain = f"network minus it {format_interval(each['difference'])}: {each['network_is']}"
-            lines.append(f"{name:12} AUROC {each['auroc']:.3f}; {gain}")
-        yield f"One number instead of the network, {chosen}", lines
-    if other:
-        lines = []
-        for name in COMPARED:
-            there = format_interval(other["other"][name])
-            lines.append(f"{name:10} {format_interval(other['difference'][name])}; there {there}")
-        only = f"{other['right_only_here']} images are right only here, {other['right_only_there']}"
-        lines.append(f"{only} only there: p {other['p_value']:.3g} ({other['test']})")
-        yield f"This model minus {other['with']} at threshold {other['threshold']:.4g}", lines
-    if report["not_assessed"]:
-        columns = f"no such column of 2 to 10 values in {METADATA}"
-        yield "Not assessed", [f"{', '.join(report['not_assessed'])} ({columns})"]
-
-
+LIMITS = (
+    "Not a medical device. If the test images come from the same source as the training images, "
+    "this is an internal test. It does not show how the model works on images of other devices, "
+    "with other framing, of patients of another age, or with other diseases. PPV and NPV hold only "
+    f"for the share of {CLASSES[1]} among the test images; see above for other shares."
+)
 STYLE_SHEET = """
 :root { color-scheme: light dark; --line: #8886; --warn: #d55e0022 }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem }
@@ -140,79 +45,286 @@ figure { margin: 0; break-inside: avoid } figure img { width: 100%; background: 
 .lead { font-size: 1.2rem } .warning { background: var(--warn); padding: .6rem 1rem }
 pre { white-space: pre-wrap; overflow-wrap: anywhere } small, figcaption { opacity: .8 }
 """
-LIMITS = (
-    "Not a medical device. A test on images of the same source is an internal test: no claim for "
-    "other machines, framings, ages or diseases follows. Predictive values at the share of "
-    "PNEUMONIA among the test images do not hold where fewer have it: see the table by prevalence."
-)
-LEAD = "accuracy", "auroc", "sensitivity", "specificity"
+
+
+# ---------------------------------------------------------------- the screen
+
+
+def print_report(report):
+    """Prints the report. The first two lines keep their form, so that runs can be compared."""
+    split = report["split"].capitalize()
+    print(f"{split} accuracy: {report['metrics']['accuracy']['value']:.3f}")
+    print(f"{split} F1-score: {report['metrics']['f1']['value']:.3f}\n")
+    for name, text in summary_rows(report):
+        print(f"{name:11} {text}")
+    print_scores(report)
+    for title, lines in sections(report):
+        separator = " " if len(lines) == 1 else "\n  "
+        print(separator.join([f"{title}:", *lines]))
+
+
+def print_scores(report):
+    """Prints each score with its interval, the subgroups, and the confusion matrix."""
+    print(f"\n{'':18} {'value':>9}   95 % interval")
+    for name, metric in report["metrics"].items():
+        value, _, interval = format_interval(metric).partition(" ")
+        print(f"{name:18} {value:>9}   {interval.strip('()')}".rstrip())
+    for subgroup in report["subgroups"].values():
+        name = f"{subgroup['metric']}, {subgroup['group']}"
+        print(f"  {name:36} {format_interval(subgroup)}, n = {subgroup['n']}")
+    counts = report["counts"]
+    negative, positive = CLASSES
+    print(f"\n{'':22}{f'predicted {negative}':>18}{f'predicted {positive}':>22}")
+    print(f"{f'true {negative}':22}{counts['tn']:>18}{counts['fp']:>22}")
+    print(f"{f'true {positive}':22}{counts['fn']:>18}{counts['tp']:>22}\n")
+
+
+# ---------------------------------------------------------------- sentences of screen and page
+
+
+def summary_rows(report):
+    """Returns (name, text) pairs: which model, threshold and images the scores belong to."""
+    model = report["model"] or {}
+    left_out = [f"{n} of {folder} (left out)" for folder, n in report["left_out"].items()]
+    made_with = [f"{n} {split}" for split, n in (model.get("images") or {}).items()]
+    return [
+        ("Model", describe_model(model)),
+        ("Made with", f"{' and '.join(made_with) or 'unknown'} images"),
+        ("Threshold", describe_threshold(report)),
+        ("Data", report["data"]),
+        ("Images", describe_images(report)),
+        ("Unreadable", ", ".join(left_out) or "none"),
+    ]
+
+
+def describe_model(model):
+    """Describes the model: file, architecture, weights, epoch, date; leaves out what is unknown."""
+    parts = [model.get("file") or "unknown", model.get("arch")]
+    for key in ("weights", "epoch"):
+        if model.get(key) is not None:
+            parts.append(f"{key} {model[key]}")
+    parts.append(model.get("date"))
+    return ", ".join(part for part in parts if part)
+
+
+def describe_threshold(report):
+    """Says which threshold is used, where it comes from, and what it gave on val/."""
+    text = f"{report['threshold']:.4g} ({report['threshold_from']})"
+    on_val = (report["model"] or {}).get("at_threshold")
+    if " on val" in text and on_val:
+        sensitivity = format_interval(on_val["sensitivity"])
+        specificity = format_interval(on_val["specificity"])
+        text += f"; on val: sensitivity {sensitivity}, specificity {specificity}"
+    return text
+
+
+def describe_images(report):
+    """Says how many images of how many patients were scored."""
+    by_class = report["patients_by_class"]
+    counts = ", ".join(f"{n} {name}" for name, n in by_class.items())
+    text = f"{report['n']}; patients: {report['patients']} ({counts})"
+    unknown = report["names_without_patient"]
+    if unknown:
+        text += f"; images without a known patient: {unknown}, each counts as one patient"
+    if min(by_class.values()) < FEW_PATIENTS:
+        text += f"; fewer than {FEW_PATIENTS} patients in a class, so the intervals are rough"
+    return text
+
+
+def sections(report):
+    """Yields (title, lines) of the findings beside the scores, for the screen and the page."""
+    if report["without_spread"]:
+        names = ", ".join(report["without_spread"])
+        yield f"No interval for {names}", ["the value is the same in every bootstrap sample"]
+    yield "Calibration", calibration_lines(report["calibration"])
+    yield "PPV and NPV at other prevalences", prevalence_lines(report)
+    if report["unlike"]:
+        yield "Images unlike the training images", [novelty_line(report["unlike"])]
+    if report["shortcut"]:
+        yield baseline_section(report["shortcut"])
+    if report["comparison"]:
+        yield comparison_section(report["comparison"])
+    if report["not_assessed"]:
+        reason = f"{METADATA} has no column of that name with 2 to 10 different values"
+        yield f"No subgroups by {either(report['not_assessed'])}", [reason]
+
+
+def calibration_lines(calibration):
+    """Describes how well the probabilities are calibrated."""
+    intercept = format_interval(calibration["intercept"])
+    slope = format_interval(calibration["slope"])
+    lines = [f"intercept {intercept}, ideal 0; slope {slope}, ideal 1"]
+    if calibration["platt"] != {"slope": 1, "intercept": 0}:
+        before, after = calibration["without"]["brier"], calibration["with"]["brier"]
+        platt = "with Platt scaling (fitted on val/; used everywhere)"
+        lines.append(f"Brier score {after:.3f} {platt}; {before:.3f} without it")
+    return lines
+
+
+def prevalence_lines(report):
+    """Lists PPV and NPV for several prevalences."""
+    counts = report["counts"]
+    share = (counts["tp"] + counts["fn"]) / report["n"]
+    lines = [
+        f"{100 * share:.0f} % of these images are {CLASSES[1]}. If the disease is rarer, a "
+        "positive result is less often correct. The intervals assume a known prevalence:"
+    ]
+    for row in report["elsewhere"]:
+        ppv, npv = format_interval(row["ppv"]), format_interval(row["npv"])
+        lines.append(f"{100 * row['prevalence']:4.3g} %: PPV {ppv}, NPV {npv}")
+    return lines
+
+
+def novelty_line(group):
+    """Says how many images are unlike the training images, and names the first ones."""
+    text = f"{group['over']} of {group['n']} (expected: 1 in 100)"
+    if group["shift"] is not None:
+        shift = f"{group['shift']:.2f} standard deviations (a warning is given from {SHIFT})"
+        text += f"; all together are shifted by {shift}"
+    if group["files"]:
+        text += f": {', '.join(group['files'][:SHOWN])}"
+    if len(group["files"]) > SHOWN:
+        text += ", ..."
+    return text
+
+
+def baseline_section(shortcut):
+    """Returns (title, lines): the network compared with single numbers of the images."""
+    title = "Baselines without a network"
+    if "none" in shortcut:
+        return title, [f"nothing to compare with ({shortcut['none']})"]
+    best, numbers = shortcut["number"], shortcut["numbers"]
+    rows = {f"{best} alone has": numbers[best], "all numbers together have": numbers["all numbers"]}
+    lines = []
+    for subject, row in rows.items():
+        lines.append(f"{baseline_text(subject, row)}: the network is {row['network_is']}")
+    return f"{title}, chosen on {shortcut['fitted_on']} images of train/ and val/", lines
+
+
+def baseline_text(subject, row):
+    """Returns the AUROC of a baseline, and its difference to the network with its interval."""
+    difference = format_difference(row["difference"])
+    return f"{subject} AUROC {row['auroc']:.3f}. Network minus this: {difference}"
+
+
+def format_difference(gain):
+    """Formats a difference with its interval, and says if the interval includes 0."""
+    value = format_interval({"value": gain["value"], "low": None})
+    if gain["low"] is None:
+        return value
+    includes_0 = ", includes 0" if gain["low"] <= 0 <= gain["high"] else ""
+    return f"{value} (95 % interval {gain['low']:.3f} to {gain['high']:.3f}{includes_0})"
+
+
+def comparison_section(other):
+    """Returns (title, lines): this model compared with another one on the same images."""
+    lines = []
+    for name in COMPARED:
+        difference = format_interval(other["difference"][name])
+        score = format_interval(other["other"][name])
+        lines.append(f"{name:10} {difference}; the other model has {score}")
+    n_mine, n_theirs = other["right_only_here"], other["right_only_there"]
+    text = f"{n_mine} images are correct only with this model, {n_theirs} only with the other one"
+    lines.append(f"{text}: p {other['p_value']:.3g} ({other['test']})")
+    title = f"This model minus that of {other['with']} (its threshold {other['threshold']:.4g})"
+    return title, lines
+
+
+# ---------------------------------------------------------------- the page
 
 
 def write_page(folder, report, pictures):
-    """report.html: metrics.json for a reader, in one file with the pictures of these names."""
-    text, metrics = html.escape, report["metrics"]
-
-    def rows(cells, tag="td"):
-        lines = ("".join(f"<{tag}>{text(str(cell))}</{tag}>" for cell in row) for row in cells)
-        return "".join(f"<tr>{line}</tr>" for line in lines)
-
-    def picture(name, caption):
-        content = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
-        image = f'<img src="data:image/png;base64,{content}" alt="{text(caption)}">'
-        return f"<figure>{image}<figcaption>{text(caption)}</figcaption></figure>"
-
-    names = {"f1": "F1", "auroc": "AUROC", "ppv": "PPV", "npv": "NPV", "ece": "ECE"}
-    names = {name: names.get(name, name.replace("_", " ").capitalize()) for name in metrics}
-    scores = [(names[name], format_interval(each)) for name, each in metrics.items()]
-    first = [scores[list(metrics).index(name)] for name in LEAD]
-    lead = ", ".join(f"{name} {value}" for name, value in first)
-    if numbers := (report["shortcut"] or {}).get("numbers"):
-        best = report["shortcut"]["number"]
-        lead += f". An image's {best} alone has AUROC {numbers[best]['auroc']:.3f}: "
-        lead += f"the network is {numbers[best]['network_is']}"
-    groups = rows([("group", "score", "images", "value (95 % interval)")], "th") + rows(
-        (each["group"], names[each["metric"]], each["n"], format_interval(each))
-        for each in report["subgroups"].values()
-    )
-    counts = report["counts"]
-    matrix = rows(
-        [("NORMAL", counts["tn"], counts["fp"]), ("PNEUMONIA", counts["fn"], counts["tp"])]
-    )
-    checks = "".join(
-        f"<h3>{text(title)}</h3><pre>{text(chr(10).join(lines))}</pre>"
-        for title, lines in sections(report)
-    )
-    warnings = "".join(f'<p class="warning">Warning: {text(w)}</p>' for w in report["warnings"])
-    small = "".join(picture(name, PICTURES[name]) for name in pictures if name != "worst")
-    worst = ""
-    if "worst" in pictures:
-        worst = (
-            f"<h2>The most wrong, or least sure, images</h2>{picture('worst', PICTURES['worst'])}"
-        )
+    """Writes report.html: one file that contains everything, also the pictures of these names."""
     title = f"Pneumonia on chest X-rays: {report['split']} result"
+    scores = [(display_name(k), format_interval(v)) for k, v in report["metrics"].items()]
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    warnings = [f'<p class="warning">Warning: {html.escape(w)}</p>' for w in report["warnings"]]
+    counts = report["counts"]
+    matrix = [(CLASSES[0], counts["tn"], counts["fp"]), (CLASSES[1], counts["fn"], counts["tp"])]
+    matrix_header = ("true class", *(f"predicted {name}" for name in CLASSES))
+    figures = {name: picture_html(folder, name) for name in pictures}
+    worst = figures.pop("worst", "")  # in a section of its own
+    if worst:
+        worst = f"<h2>The largest errors</h2>{worst}"
     page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{text(title)}</title>
+<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE_SHEET}</style>
 </head><body>
-<h1>{text(title)}</h1>
-<p class="lead">{text(lead)}</p>
-{warnings}
-<table>{rows(summary_rows(report))}</table>
+<h1>{html.escape(title)}</h1>
+<p class="lead">{html.escape(lead_sentence(report))}</p>
+{"".join(warnings)}
+{table_html(summary_rows(report))}
 <h2>Scores</h2>
-<table>{rows([("score", "value (95 % interval)")], "th")}{rows(scores)}</table>
-<h3>Counts at the threshold</h3>
-<table>{rows([("truth", "predicted NORMAL", "predicted PNEUMONIA")], "th")}{matrix}</table>
-<div class="pictures">{small}</div>
-{"<h2>Subgroups</h2><table>" + groups + "</table>" if report["subgroups"] else ""}
-<h2>What stands beside the scores</h2>
-{checks}
+{table_html(scores, ("score", "value (95 % interval)"))}
+<h3>Confusion matrix at the threshold</h3>
+{table_html(matrix, matrix_header)}
+<div class="pictures">{"".join(figures.values())}</div>
+{subgroups_html(report["subgroups"])}
+<h2>Can the scores be trusted?</h2>
+{sections_html(sections(report))}
 {worst}
 <h2>How it was computed</h2>
-<p>PNEUMONIA is the positive class, above the threshold. Intervals: {text(report["intervals"])}</p>
-<h2>Limits</h2><p>{text(LIMITS)}</p>
-<p><small>{text(versions)}</small></p>
+<p>{CLASSES[1]} is the positive class. An image counts as positive if its probability is above the
+threshold. {html.escape(report["intervals"])}</p>
+<h2>Limits</h2><p>{html.escape(LIMITS)}</p>
+<p><small>{html.escape(versions)}</small></p>
 </body></html>
 """
     with atomic_write(folder / "report.html", "w") as file:
         file.write(page)
+
+
+def display_name(name):
+    """Returns the name of a score as the page shows it."""
+    return NAMES.get(name, name.replace("_", " ").capitalize())
+
+
+def lead_sentence(report):
+    """Returns the most important scores, and how the best baseline compares."""
+    scores = [f"{display_name(k)} {format_interval(report['metrics'][k])}" for k in LEAD]
+    text = ", ".join(scores)
+    shortcut = report["shortcut"] or {}
+    if "numbers" in shortcut:
+        best = shortcut["number"]
+        baseline = baseline_text(f"{best} alone has", shortcut["numbers"][best])
+        text += f". Baseline: {baseline}."
+    return text
+
+
+def table_html(rows, header=None):
+    """Returns an HTML table. Cells are escaped."""
+    lines = [("th", header)] if header else []
+    lines += [("td", row) for row in rows]
+    text = ""
+    for tag, row in lines:
+        cells = [f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row]
+        text += f"<tr>{''.join(cells)}</tr>"
+    return f"<table>{text}</table>"
+
+
+def subgroups_html(subgroups):
+    """Returns the scores of the subgroups as an HTML table with a heading, "" if there are none."""
+    if not subgroups:
+        return ""
+    rows = []
+    for row in subgroups.values():
+        rows.append((row["group"], display_name(row["metric"]), row["n"], format_interval(row)))
+    table = table_html(rows, ("group", "score", "images", "value (95 % interval)"))
+    return f"<h2>Subgroups</h2>{table}"
+
+
+def sections_html(pairs):
+    """Returns the sections as headings and preformatted text."""
+    text = ""
+    for title, lines in pairs:
+        content = "\n".join(lines)
+        text += f"<h3>{html.escape(title)}</h3><pre>{html.escape(content)}</pre>"
+    return text
+
+
+def picture_html(folder, name):
+    """Returns a PNG file of the folder as a figure; the file is part of the page."""
+    content = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
+    caption = html.escape(PICTURES[name])
+    image = f'<img src="data:image/png;base64,{content}" alt="{caption}">'
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"

@@ -1,4 +1,4 @@
-"""Which patient an image belongs to."""
+"""Which patient an image belongs to. No patient may be in two splits."""
 
 import hashlib
 import re
@@ -9,15 +9,16 @@ from typing import NamedTuple
 from cxr.decode import is_dicom
 from cxr.errors import Failure, is_system_error, warn
 from cxr.files import hash_file, read_csv
-from cxr.folders import CLASSES, SPLITS, check_split_is_complete, list_images, list_split
+from cxr.folders import CLASSES, SPLITS, check_split_is_complete, list_images, list_splits
 
 METADATA = "metadata.csv"  # in the data folder: file_name, patient_id and any other columns
-# How the names of images tell their patients, the first that fits. Add your own above.
+
+# How file names contain the patient; the first pattern that matches counts. Add your own on top.
 PATIENT_NAMES = (
-    # the reference data; in personN_bacteria_M.jpeg N counts the patients of one etiology
+    # The reference data: personN_bacteria_M.jpeg. person1_bacteria and person1_virus may differ.
     re.compile(r"(?P<patient>person\d+)_(?P<etiology>bacteria|virus)_\d+"),
     re.compile(r"(?P<patient>(NORMAL2-)?IM-\d+)-\d+"),
-    # the same children in their other release: BACTERIA-1049278-0001.jpeg
+    # The same children in their other release: BACTERIA-1049278-0001.jpeg
     re.compile(r"(NORMAL|BACTERIA|VIRUS)-(?P<patient>\d+)-\d+"),
     re.compile(r"(?P<patient>0\d{7})_\d{3}\b"),  # NIH ChestX-ray14: 00000013_005.png
     re.compile(r"(?P<patient>patient\d+)_study\d+"),  # CheXpert: patient00001_study1_view1.jpg
@@ -26,128 +27,168 @@ PATIENT_NAMES = (
 
 
 class Xray(NamedTuple):
+    """An image file with its label and its patient."""
+
     path: Path
     label: int | None  # index into CLASSES, None for a new image
-    sha256: str  # of the file, in hex, "" where it cannot be read
-    patient: str | None = None  # None where nothing tells it
-    group: str = ""  # what stays together in a split: the patient, perhaps with others
+    sha256: str  # of the file, in hex; "" if it cannot be read
+    split: str = ""  # train, val or test; "" for a new image
+    patient: str | None = None  # None if unknown
+    group: str = ""  # what stays together in one split: one patient or several
     metadata: dict | None = None  # the other columns of its row in metadata.csv
 
 
 def read_split(data_dir, *splits, rows=None):
-    """{split: [Xray]}. An interrupted split, or one file in two of the folders, is a Failure.
+    """Returns the Xrays of these splits in one list. Warns if splits share a patient.
 
-    rows: of read_metadata, where it was called already.
+    rows: the result of read_metadata, if it was called before. Raises Failure if the split was
+    interrupted, or if one file is in two folders.
     """
     check_split_is_complete(data_dir)
-    found, first = {}, {}
-    listed = {split: list_split(data_dir, split, others=True) for split in splits}
-    rows = read_metadata(data_dir) if rows is None else rows
-    for split in splits:
-        found[split] = identify_all(listed[split], rows)
-        for image in found[split]:
-            twin = first.setdefault(image.sha256, image)
-            if image.sha256 and twin.path.parent != image.path.parent:
-                raise Failure(f"{image.path}: the same file as {twin.path}; remove one of them")
+    listed = list_splits(data_dir, splits, warn_of_others=True)
+    if rows is None:
+        rows = read_metadata(data_dir)
+    xrays = identify_all(listed, rows)
+    first = {}
+    for xray in xrays:
+        earlier = first.setdefault(xray.sha256, xray)
+        if xray.sha256 and earlier.path.parent != xray.path.parent:
+            raise Failure(f"{xray.path}: the same file as {earlier.path}; remove one of them")
     if len(splits) > 1:
-        sides = [{i.group if "val" in splits else i.patient for i in found[s]} for s in splits]
-        if shared := set.intersection(*sides) - {None}:
-            undo = "--undo, then split again" if "val" in splits else "--check lists them"
-            where = " and ".join(f"{split}/" for split in splits)
-            warn(f"patients in {where}: {len(shared)}, as {min(shared)}; split_val.py {undo}")
-    return found
+        warn_if_patients_shared(xrays, splits)
+    return xrays
 
 
-def read_metadata(data_dir):
-    """{path: row} of DIR/metadata.csv for the images in train/, val/ and test/, {} without one.
-
-    As in Hugging Face's ImageFolder: the column file_name is the image's own name, or its path
-    below DIR where two images have one name (as train/... also after the split). patient_id tells
-    the patient, what else there is makes subgroups. Tells how many rows and images have no partner.
-    """
-    path = Path(data_dir, METADATA)
-    if not path.exists():
-        if (odd := Path(data_dir, "train", METADATA)).exists():
-            raise Failure(f"{odd}: expected it one level up, in {data_dir}; move it there")
-        return {}
-    columns, rows = read_csv(path, "file_name")
-    if "patient_id" not in columns:
-        warn(f"{path}: no column patient_id, so that the images' names tell the patients")
-    folders = [Path(data_dir, split, name) for split in SPLITS for name in CLASSES]
-    images = [image for each in folders if each.is_dir() for image in list_images(each)]
-    places = {}
-    for image in images:
-        below = image.relative_to(data_dir).as_posix()
-        for key in {image.name, below, re.sub("^val/", "train/", below)}:
-            places.setdefault(key, []).append(image)
-    found, absent = {}, []
-    for number, row in rows:
-        name = PurePosixPath(row["file_name"]).as_posix()
-        here = places.get(name, [])
-        if len(here) > 1:
-            both = f"{here[0].parent} and {here[1].parent}"
-            raise Failure(
-                f"{path}, row {number}: {name} is in {both}; give the path below {data_dir}"
-            )
-        if here and here[0] in found:
-            raise Failure(f"{path}, row {number}: {name} has an earlier row; keep one")
-        found |= dict.fromkeys(here, row)
-        absent += [] if here else [name]
-    if absent:
-        warn(f"{path}: {len(absent)} of {len(rows)} rows have no image here, as {absent[0]}")
-    told = [image for image in images if found.get(image, {}).get("patient_id")]
-    if "patient_id" in columns and len(told) < len(images):
-        alone = next(image.name for image in images if image not in told)
-        warn(
-            f"{path}: tells no patient of {len(images) - len(told)} of {len(images)} images, as "
-            f"{alone}; for these the names do, or nothing"
-        )
-    return found
+def warn_if_patients_shared(xrays, splits):
+    """Prints a warning if a patient has images in all of these splits."""
+    names_in = {split: set() for split in splits}
+    for xray in xrays:
+        # split_val.py made val/ by group. Somebody else chose the images of test/.
+        names_in[xray.split].add(xray.group if "val" in splits else xray.patient)
+    shared = set.intersection(*names_in.values()) - {None}
+    if shared:
+        advice = "split_val.py --check lists them"
+        if "val" in splits:
+            advice = "to separate them, run split_val.py --undo, then split again"
+        folders = " and ".join(f"{split}/" for split in splits)
+        warn(f"{folders} share patients ({len(shared)}, for example {min(shared)}); {advice}")
 
 
 def identify_all(listed, rows):
-    """[Xray] of [(path, label)], their files hashed; rows: of read_metadata."""
+    """Returns the Xrays of (path, label, split) triples. rows: the result of read_metadata."""
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda each: identify(*each, rows), listed))
+        return list(pool.map(lambda entry: identify(*entry, rows), listed))
 
 
-def identify(path, label, rows):
-    """The Xray with its patient: by metadata.csv, by DICOM's PatientID, by its name."""
-    digest = hash_file(path)
-    row = {key: value for key, value in rows.get(path, {}).items() if key and value}
-    row.pop("file_name", None)
-    patient = row.pop("patient_id", None) or patient_from_dicom(path)
-    group = (
-        patient or patient_from_name(path.name, cautious=True) or f"{path.parent.name}/{path.name}"
+def identify(path, label, split, rows):
+    """Returns the Xray of a file, with its hash and its patient."""
+    columns = dict(rows.get(path, {}))
+    columns.pop("file_name", None)
+    # The patient comes from metadata.csv, else from DICOM's PatientID, else from the file name.
+    certain = columns.pop("patient_id", None) or patient_from_dicom(path)
+    group = certain or patient_from_name(path.name, with_etiology=False)
+    return Xray(
+        path=path,
+        label=label,
+        sha256=hash_file(path),
+        split=split,
+        patient=certain or patient_from_name(path.name),
+        group=group or f"{path.parent.name}/{path.name}",
+        metadata={name: value for name, value in columns.items() if name and value},
     )
-    return Xray(path, label, digest, patient or patient_from_name(path.name), group, row)
 
 
-def patient_from_name(name, cautious=False):
-    """The patient that an image's name tells, None where it tells none.
+def patient_from_name(name, with_etiology=True):
+    """Returns the patient that a file name contains, or None.
 
-    cautious: without the etiology. That may merge two patients, but never separates one.
+    with_etiology: True counts person1_bacteria and person1_virus of the reference data as two
+    patients. False counts them as one, so that a split keeps them together.
     """
     for pattern in PATIENT_NAMES:
-        if match := pattern.match(name):
-            found = match.groupdict()
-            etiology = "" if cautious or "etiology" not in found else f"_{found['etiology']}"
-            return found["patient"] + etiology
+        match = pattern.match(name)
+        if match:
+            parts = match.groupdict()
+            if with_etiology and "etiology" in parts:
+                return f"{parts['patient']}_{parts['etiology']}"
+            return parts["patient"]
     return None
 
 
 def patient_from_dicom(path):
-    """The hash of a DICOM file's PatientID, which itself belongs in no report; else None."""
+    """Returns a hash of a DICOM file's PatientID, or None. No output may contain the ID itself."""
     try:
         with open(path, "rb") as file:
             if not is_dicom(file.read(132)):
                 return None
         import pydicom
 
-        told = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"])
-        patient = str(told.get("PatientID") or "").strip()
-    except Exception as error:  # damaged; the pass, or the check, says so
+        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"])
+        patient = str(header.get("PatientID") or "").strip()
+    except Exception as error:  # a damaged file; decoding it will report that
         if is_system_error(error):
             raise
         return None
     return f"ID-{hashlib.sha256(patient.encode()).hexdigest()[:12]}" if patient else None
+
+
+def read_metadata(data_dir):
+    """Reads DIR/metadata.csv. Returns {path: {column: text}} of the images in all splits.
+
+    file_name is the name of the image, or its path below DIR (as in Hugging Face's ImageFolder).
+    patient_id is the patient. All other columns can define subgroups. Returns {} without such a
+    file. Warns of rows without an image, and of images without a patient.
+    """
+    path = Path(data_dir, METADATA)
+    if not path.exists():
+        misplaced = Path(data_dir, "train", METADATA)
+        if misplaced.exists():
+            raise Failure(f"{misplaced}: expected it one level up, in {data_dir}; move it there")
+        return {}
+    columns, rows = read_csv(path, "file_name")
+    images = []
+    for split in SPLITS:
+        for name in CLASSES:
+            folder = Path(data_dir, split, name)
+            if folder.is_dir():
+                images += list_images(folder)
+    matched = match_rows(path, rows, images, data_dir)
+    unknown = [image for image in images if not matched.get(image, {}).get("patient_id")]
+    if "patient_id" not in columns:
+        warn(f"{path}: no column patient_id, so only DICOM or the file names can name the patients")
+    elif unknown:
+        warn(
+            f"{path}: no patient_id for {len(unknown)} of {len(images)} images, for example "
+            f"{unknown[0].name}; only DICOM or the file name can name their patient"
+        )
+    return matched
+
+
+def match_rows(path, rows, images, data_dir):
+    """Finds the image of each row of metadata.csv. Returns {path of the image: row}.
+
+    Raises Failure if a name is not unique. Warns of rows without an image.
+    """
+    by_name = {}
+    for image in images:
+        relative = image.relative_to(data_dir).as_posix()
+        before_split = re.sub("^val/", "train/", relative)  # the row may still say train/
+        for name in {image.name, relative, before_split}:
+            by_name.setdefault(name, []).append(image)
+
+    matched, absent = {}, []
+    for line, row in rows:
+        name = PurePosixPath(row["file_name"]).as_posix()
+        candidates = by_name.get(name, [])
+        if not candidates:
+            absent.append(name)
+            continue
+        image, where = candidates[0], f"{path}, row {line}: {name}"
+        if len(candidates) > 1:
+            folders = f"{image.parent} and {candidates[1].parent}"
+            raise Failure(f"{where} is in {folders}; write the path below {data_dir}")
+        if image in matched:
+            raise Failure(f"{where} is named twice; keep one row")
+        matched[image] = row
+    if absent:
+        warn(f"{path}: {len(absent)} of {len(rows)} rows have no image, for example {absent[0]}")
+    return matched

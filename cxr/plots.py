@@ -10,124 +10,165 @@ import torchmetrics.functional.classification as tm
 from cxr.files import save_figure
 from cxr.folders import CLASSES, COLOURS
 from cxr.maps import read_overlays
+from cxr.predictions import as_arrays
 from cxr.proportions import complement, format_interval, wilson_interval
 
 STYLE = {"font.size": 9, "axes.titlesize": 9, "legend.frameon": False}
 STYLE |= {"axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3}
+CHANCE = {"color": "grey", "ls": ":"}
 N_WORST = 8  # images in worst.png
 
 
-def mark(ax, x, y, label=None):
-    """A point of two metrics, {value, low, high} each, with both intervals."""
-    if None not in (x["value"], y["value"]):
-        errors = ([[m["value"] - m["low"]], [m["high"] - m["value"]]] for m in (y, x))
-        style = {"fmt": "o", "color": "black", "capsize": 3, "markersize": 4, "label": label}
-        ax.errorbar(x["value"], y["value"], *errors, **style)
+def draw_pictures(folder, predictions, report):
+    """Draws roc.png, precision_recall.png, confusion.png, reliability.png and scores.png.
 
-
-def draw_pictures(folder, table, report):
-    """roc.png, precision_recall.png, confusion.png, reliability.png and scores.png."""
+    predictions: of readable images; report: the content of metrics.json.
+    """
     import matplotlib
     from matplotlib.figure import Figure
+
+    names = ("roc", "precision_recall", "confusion", "reliability", "scores")
+    functions = (draw_roc, draw_precision_recall, draw_confusion, draw_reliability, draw_scores)
+    with matplotlib.rc_context(STYLE):
+        for name, draw in zip(names, functions, strict=True):
+            figure = Figure((5, 4.6), layout="constrained")
+            draw(figure.add_subplot(), predictions, report)
+            save_with_caption(folder / f"{name}.png", figure, report)
+
+
+def draw_roc(ax, predictions, report):
+    """Draws the ROC curve, and the point of the threshold with its intervals."""
+    probs, labels, _ = as_arrays(predictions)
+    fpr, tpr, _ = tm.binary_roc(torch.from_numpy(probs), torch.from_numpy(labels))
+    metrics = report["metrics"]
+    ax.plot(fpr, tpr, color=COLOURS[1], label="network")
+    ax.plot((0, 1), (0, 1), label="chance", **CHANCE)
+    x, y = complement(metrics["specificity"]), metrics["sensitivity"]
+    draw_point(ax, x, y, point_label(report))
+    ax.set(xlabel="1 - specificity", ylabel="sensitivity")
+    ax.set_title(f"ROC: AUROC {format_interval(metrics['auroc'])}")
+    ax.legend(loc="lower right")
+
+
+def draw_precision_recall(ax, predictions, report):
+    """Draws the precision-recall curve, and the point of the threshold with its intervals."""
+    probs, labels, _ = as_arrays(predictions)
+    tensors = torch.from_numpy(probs), torch.from_numpy(labels)
+    precision, recall, _ = tm.binary_precision_recall_curve(*tensors)
+    metrics = report["metrics"]
+    ax.plot(recall, precision, drawstyle="steps-post", color=COLOURS[1], label="network")
+    ax.axhline(labels.mean(), label="chance", **CHANCE)
+    draw_point(ax, metrics["sensitivity"], metrics["ppv"], point_label(report))
+    ax.set(xlabel="recall (sensitivity)", ylabel="precision (PPV)", ylim=(0, 1.05))
+    ax.set_title(f"Average precision {format_interval(metrics['average_precision'])}")
+    ax.legend(loc="lower left")
+
+
+def draw_confusion(ax, predictions, report):
+    """Draws the confusion matrix at the threshold."""
     from sklearn.metrics import ConfusionMatrixDisplay
 
-    labels, probs, threshold = table.labels, table.probs, report["threshold"]
-    patients = np.array(table.clusters())
-    metrics, calibration = report["metrics"], report["calibration"]
-    at, network = f"threshold {threshold:.3g}", {"color": COLOURS[1], "label": "network"}
-    scored = torch.from_numpy(probs), torch.from_numpy(labels)
-    chance = {"color": "grey", "ls": ":"}
+    probs, labels, _ = as_arrays(predictions)
+    threshold = report["threshold"]
+    ConfusionMatrixDisplay.from_predictions(
+        labels, probs > threshold, ax=ax, display_labels=CLASSES, cmap="Blues", colorbar=False
+    )
+    ax.grid(False)  # its lines would cross the cells
+    accuracy = format_interval(report["metrics"]["accuracy"])
+    ax.set_title(f"Accuracy {accuracy} at threshold {threshold:.3g}")
 
-    def draw_roc(ax):
-        fpr, tpr, _ = tm.binary_roc(*scored)
-        ax.plot(fpr, tpr, **network)
-        ax.plot((0, 1), (0, 1), label="chance", **chance)
-        specificity = metrics["specificity"]
-        mark(ax, complement(specificity), metrics["sensitivity"], f"{at}, 95 % intervals")
-        ax.set(xlabel="1 - specificity", ylabel="sensitivity")
-        ax.set_title(f"ROC: AUROC {format_interval(metrics['auroc'])}")
-        ax.legend(loc="lower right")
 
-    def draw_precision_recall(ax):
-        precision, recall, _ = tm.binary_precision_recall_curve(*scored)
-        ax.plot(recall, precision, drawstyle="steps-post", **network)
-        ax.axhline(labels.mean(), label="chance", **chance)
-        mark(ax, metrics["sensitivity"], metrics["ppv"], f"{at}, 95 % intervals")
-        ax.set(xlabel="recall (sensitivity)", ylabel="precision (PPV)", ylim=(0, 1.05))
-        ax.set_title(f"Average precision {format_interval(metrics['average_precision'])}")
-        ax.legend(loc="lower left")
+def draw_reliability(ax, predictions, report):
+    """Draws the share of positive images against the mean probability, in ten bins."""
+    probs, labels, patients = as_arrays(predictions)
+    bins = np.minimum((probs * 10).astype(int), 9)
+    ax.plot((0, 1), (0, 1), **CHANCE)
+    for number in np.unique(bins):
+        in_bin = bins == number
+        mean = probs[in_bin].mean()
+        share = wilson_interval(labels[in_bin], patients[in_bin])
+        draw_point(ax, {"value": mean, "low": mean, "high": mean}, share)
+        ax.annotate(in_bin.sum(), (mean, share["value"]), (4, 3), textcoords="offset points")
+    ax.set_xlabel(f"mean P({CLASSES[1]}) in the bin")
+    ax.set_ylabel(f"share of {CLASSES[1]}, 95 % interval, n")
+    calibration = report["calibration"]
+    intercept, slope = (format_interval(calibration[key]) for key in ("intercept", "slope"))
+    ax.set_title(f"Calibration: intercept {intercept}\nslope {slope}")
 
-    def draw_confusion(ax):
-        found = {"display_labels": CLASSES, "cmap": "Blues", "colorbar": False}
-        ConfusionMatrixDisplay.from_predictions(labels, probs > threshold, ax=ax, **found)
-        ax.grid(False)
-        ax.set_title(f"Accuracy {format_interval(metrics['accuracy'])} at {at}")
 
-    def draw_reliability(ax):
-        bins = np.minimum((probs * 10).astype(int), 9)
-        ax.plot((0, 1), (0, 1), **chance)
-        for inside in (bins == each for each in np.unique(bins)):
-            mean, share = probs[inside].mean(), wilson_interval(labels[inside], patients[inside])
-            mark(ax, {"value": mean, "low": mean, "high": mean}, share)
-            ax.annotate(inside.sum(), (mean, share["value"]), (4, 3), textcoords="offset points")
-        ax.set(xlabel="mean P(PNEUMONIA) in the bin", ylabel="share of PNEUMONIA, 95 % interval, n")
-        slope, intercept = (
-            format_interval(calibration["slope"]),
-            format_interval(calibration["intercept"]),
-        )
-        ax.set_title(f"Calibration: intercept {intercept}\nslope {slope}")
+def draw_scores(ax, predictions, report):
+    """Draws a histogram of the probabilities of each class."""
+    probs, labels, _ = as_arrays(predictions)
+    by_class = [probs[labels == 0], probs[labels == 1]]
+    ax.hist(by_class, color=COLOURS, label=CLASSES, bins=25, range=(0, 1))
+    label = f"threshold {report['threshold']:.3g}"
+    ax.axvline(report["threshold"], color="black", ls="--", label=label)
+    ax.set(xlabel=f"P({CLASSES[1]})", ylabel="images", title="Probabilities by class")
+    ax.legend()
 
-    def draw_scores(ax):
-        found = {"color": COLOURS, "label": CLASSES, "bins": 25, "range": (0, 1)}
-        ax.hist([probs[labels == 0], probs[labels == 1]], **found)
-        ax.axvline(threshold, color="black", ls="--", label=at)
-        ax.set(xlabel="P(PNEUMONIA)", ylabel="images", title="Scores by class")
-        ax.legend()
 
-    draws = draw_roc, draw_precision_recall, draw_confusion, draw_reliability, draw_scores
-    with matplotlib.rc_context(STYLE):
-        for draw in draws:
-            figure = Figure((5, 4.6), layout="constrained")
-            draw(figure.add_subplot())
-            save_with_caption(folder / f"{draw.__name__.removeprefix('draw_')}.png", figure, report)
+def point_label(report):
+    """Returns the legend of the point of the threshold."""
+    return f"threshold {report['threshold']:.3g}, 95 % intervals"
+
+
+def draw_point(ax, x, y, label=None):
+    """Draws a point with the intervals of both coordinates, each a dict {value, low, high}."""
+    if x["value"] is None or y["value"] is None:
+        return  # undefined, for example the PPV if no image is predicted positive
+    x_error = [[x["value"] - x["low"]], [x["high"] - x["value"]]]
+    y_error = [[y["value"] - y["low"]], [y["high"] - y["value"]]]
+    style = {"fmt": "o", "color": "black", "capsize": 3, "markersize": 4, "label": label}
+    ax.errorbar(x["value"], y["value"], y_error, x_error, **style)
 
 
 def save_with_caption(path, figure, report, dpi=120):
-    """With a caption: whose images and which network."""
-    about = report["model"] or {}
-    parts = (Path(about.get("file") or "unknown model").name, about.get("arch"), about.get("date"))
+    """Saves a figure with a caption that names the images, the model and the threshold."""
+    model = report["model"] or {}
+    model_file = Path(model.get("file") or "unknown model").name
+    parts = [part for part in (model_file, model.get("arch"), model.get("date")) if part]
     images = f"{report['split']}: {report['n']} images of {report['patients']} patients"
-    caption = f"{images}; {', '.join(part for part in parts if part)}\n"
-    caption += f"threshold {report['threshold']:.3g} ({report['threshold_from']})"
+    threshold = f"threshold {report['threshold']:.3g} ({report['threshold_from']})"
+    caption = f"{images}; {', '.join(parts)}\n{threshold}"
     figure.supxlabel(caption, fontsize=7, color="dimgrey", parse_math=False)
     save_figure(path, figure, dpi)
 
 
-def draw_worst(path, model, views, table, report):
-    """The most wrong images, each beside its map; the least sure ones where nothing is wrong."""
+def draw_worst(path, model, views, predictions, report):
+    """Draws the most wrongly classified images, each next to its class activation map.
+
+    views: common.Views of the images in `predictions`.
+    """
     from matplotlib.figure import Figure
 
-    probs, threshold, images = table.probs, report["threshold"], views.images
-    wrong = [i for i, image in enumerate(images) if (probs[i] > threshold) != image.label]
-    rows = sorted(wrong, key=lambda i: -abs(probs[i] - images[i].label))[:N_WORST]
-    heading = f"The {len(rows)} most wrong of {len(wrong)} wrong images"
-    if not wrong:
-        rows = sorted(range(len(images)), key=lambda i: abs(probs[i] - threshold))[:N_WORST]
-        heading = f"No image is wrong: the {len(rows)} least sure"
-    shown = list(read_overlays(model, views, rows))
-    without = "without maps: the network does not end in pooling and one Linear"
-    beside = "beside each its class activation map: orange for PNEUMONIA, blue for NORMAL"
-    figure = Figure((9.6, 0.6 + 2.8 * math.ceil(len(rows) / 2)), layout="constrained")
-    figure.suptitle(f"{heading}\n{without if shown[0][1] is None else beside}", fontsize=10)
-    axes = figure.subplots(math.ceil(len(rows) / 2), 4, squeeze=False)
+    probs, labels, _ = as_arrays(predictions)
+    threshold = report["threshold"]
+    wrong = np.flatnonzero((probs > threshold) != labels)
+    if len(wrong) > 0:
+        order = np.argsort(-np.abs(probs[wrong] - labels[wrong]), kind="stable")
+        rows = wrong[order[:N_WORST]].tolist()
+        heading = f"The {len(rows)} worst of {len(wrong)} misclassified images"
+    else:
+        order = np.argsort(np.abs(probs - threshold), kind="stable")
+        rows = order[:N_WORST].tolist()
+        heading = "No image is misclassified. The images nearest to the threshold"
+    overlays = list(read_overlays(model, views, rows))
+    legend = f"orange: evidence for {CLASSES[1]}; blue: evidence for {CLASSES[0]}"
+    if overlays[0][1] is None:
+        legend = "no class activation maps: the network does not end in pooling and one Linear"
+    n_lines = math.ceil(len(rows) / 2)
+    figure = Figure((9.6, 0.6 + 2.8 * n_lines), layout="constrained")
+    figure.suptitle(f"{heading}\n{legend}", fontsize=10)
+    axes = figure.subplots(n_lines, 4, squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
-    for (left, right), i, (view, picture) in zip(axes.reshape(-1, 2), rows, shown, strict=False):
+    # The last pair of axes may stay empty.
+    pairs = axes.reshape(-1, 2)
+    for (left, right), row, (view, picture) in zip(pairs, rows, overlays, strict=False):
         left.imshow(view, cmap="gray", vmin=0, vmax=255)
         if picture is not None:
             right.imshow(picture)
-        about = (
-            f"{images[i].path.name:.34}\n{CLASSES[images[i].label]}, P(PNEUMONIA) {probs[i]:.3f}"
-        )
-        left.set_title(about, fontsize=7, loc="left", parse_math=False)
-    save_with_caption(path, figure, report, dpi=90)  # the page holds it
+        text = f"{CLASSES[labels[row]]}, P({CLASSES[1]}) {probs[row]:.3f}"
+        title = f"{views.xrays[row].path.name:.34}\n{text}"
+        left.set_title(title, fontsize=7, loc="left", parse_math=False)
+    save_with_caption(path, figure, report, dpi=90)  # small, because the page contains it

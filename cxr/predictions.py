@@ -1,108 +1,120 @@
-"""The table of predictions."""
+"""The table of predictions, a pandas DataFrame with one row for each image.
 
-import csv
+| column      | in the DataFrame                           | in predictions.csv        |
+|-------------|--------------------------------------------|---------------------------|
+| file        | path below the data folder, or as given    | the same                  |
+| label       | 0 or 1; None for a new image               | name of the class, or ""  |
+| probability | float32, P(positive); nan if unreadable    | 9 digits, or ""           |
+| prediction  | absent: it depends on the threshold        | name of the class, or ""  |
+| error       | why the image could not be read, or ""     | the same                  |
+| unlike      | float32, novelty (cxr/novelty.py), or nan  | 3 decimals, or ""         |
+| patient     | "" if unknown                              | the same                  |
+
+The other columns are those of metadata.csv, as text.
+"""
+
 import math
-from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from cxr.errors import Failure
 from cxr.files import atomic_write, read_csv
 from cxr.folders import CLASSES
 from cxr.patients import patient_from_name
 
-COLUMNS = "file", "label", "probability", "prediction", "error", "unlike", "patient"
+COLUMNS = ("file", "label", "probability", "prediction", "error", "unlike", "patient")
 
 
-class Table(NamedTuple):
-    """Predictions, in the columns of predictions.csv."""
-
-    files: list  # names, unique in a split
-    labels: list  # index into CLASSES, None for a new image
-    probs: np.ndarray  # float32 (N,), P(PNEUMONIA), nan where the image could not be read
-    errors: list  # why it could not be read, "" where it could
-    unlike: np.ndarray  # float32 (N,), above 1 where unlike the training images, nan if not known
-    patients: list  # None where nothing tells one
-    about: list  # {column: value} of metadata.csv
-
-    def readable(self):
-        """The Table of the images that could be read."""
-        return self.select([row for row, error in enumerate(self.errors) if not error])
-
-    def select(self, rows):
-        """The Table of these rows, labels as int64 (n,)."""
-        lists = {
-            name: [getattr(self, name)[row] for row in rows]
-            for name in ("files", "errors", "patients", "about")
-        }
-        labels = np.array([self.labels[row] for row in rows])
-        arrays = {"labels": labels, "probs": self.probs[rows], "unlike": self.unlike[rows]}
-        return Table(**lists, **arrays)
-
-    def clusters(self):
-        """[patient, or the file itself where nothing tells one]."""
-        return [patient or file for patient, file in zip(self.patients, self.files, strict=True)]
+def metadata_columns(predictions):
+    """Returns the names of the columns of metadata.csv."""
+    return [column for column in predictions.columns if column not in COLUMNS]
 
 
-def write_predictions(path, table, threshold):
-    columns = list(dict.fromkeys(column for about in table.about for column in about))
+def drop_unreadable(predictions):
+    """Returns the rows of the images that could be read."""
+    return predictions[predictions["error"] == ""].reset_index(drop=True)
+
+
+def as_arrays(predictions):
+    """Returns (probs float32 (N,), labels int64 (N,), patients str (N,)) of readable images."""
+    probs = predictions["probability"].to_numpy(np.float32, copy=True)
+    labels = predictions["label"].to_numpy(np.int64, copy=True)
+    # An image whose patient is unknown counts as a patient of its own.
+    patients = predictions["patient"].where(predictions["patient"] != "", predictions["file"])
+    return probs, labels, patients.to_numpy(str)
+
+
+def predicted_classes(predictions, threshold):
+    """Returns the predicted class of each image as text, "" if the image is unreadable."""
+    is_positive = predictions["probability"].to_numpy() > threshold  # in float32, as cxr/scores.py
+    names = pd.Series(np.where(is_positive, CLASSES[1], CLASSES[0]), predictions.index)
+    return names.where(predictions["error"] == "", "")
+
+
+def write_predictions(path, predictions, threshold):
+    """Writes predictions.csv."""
+    probability, novelty = predictions["probability"], predictions["unlike"]
+    table = predictions.assign(
+        label=["" if label is None else CLASSES[label] for label in predictions["label"]],
+        # 9 digits give the same float32 again.
+        probability=probability.map("{:.9g}".format).where(predictions["error"] == "", ""),
+        prediction=predicted_classes(predictions, threshold),
+        unlike=novelty.map("{:.3f}".format).where(novelty.notna(), ""),
+    )
+    columns = [*COLUMNS, *metadata_columns(predictions)]
     with atomic_write(path, "w") as file:
-        writer = csv.writer(file)
-        writer.writerow((*COLUMNS, *columns))
-        for name, label, prob, error, unlike, patient, about in zip(*table, strict=True):
-            found = ("", "") if error else (f"{prob:.9g}", CLASSES[int(prob > threshold)])
-            known = "" if math.isnan(unlike) else f"{unlike:.3f}"
-            label = "" if label is None else CLASSES[label]
-            others = (about.get(column, "") for column in columns)
-            writer.writerow((name, label, *found, error, known, patient or "", *others))
+        table.to_csv(file, columns=columns, index=False, lineterminator="\r\n")
 
 
 def read_predictions(path):
-    """The Table in a predictions.csv; anything malformed is a Failure that names row and column."""
-
-    def wrong(row, column, expected, found):
-        where = f"{path}, row {row}, column {column}"
-        return Failure(f"{where}: expected {expected}, found {found!r:.60}")
-
-    columns, rows = read_csv(path, *COLUMNS[:3])
-    found = {}
+    """Reads a predictions.csv. Raises Failure, with row and column, if a cell is wrong."""
+    # A table of another program may have these three columns only.
+    columns, rows = read_csv(path, "file", "label", "probability")
+    records = {}
     for line, row in rows:
-        name, label, prob, _, error, unlike, patient = (row.get(key, "") for key in COLUMNS)
-        if not name or name in found:
-            raise wrong(line, "file", "a name that no other row has", name)
-        if label not in CLASSES:
-            raise wrong(line, "label", " or ".join(CLASSES), label)
-        try:
-            prob = math.nan if error else float(prob)
-            if not (error or 0 <= prob <= 1):
-                raise ValueError
-        except ValueError:
-            raise wrong(line, "probability", "a number from 0 to 1", prob) from None
-        try:
-            unlike = float(unlike or math.nan)
-        except ValueError:
-            raise wrong(line, "unlike", "a number", unlike) from None
+        name = row["file"]
+        record = read_row(path, line, row)
+        if name in records:
+            raise wrong_cell(path, line, "file", "a name that no other row has", name)
         if "patient" not in columns:
-            patient = patient_from_name(Path(name).name)
-        about = {key: row[key] for key in columns if key not in COLUMNS and row[key]}
-        found[name] = CLASSES.index(label), prob, error, unlike, patient or None, about
-    if not found:
-        raise wrong(2, "file", "a row for each image", "")
-    labels, probs, errors, unlike, patients, about = map(list, zip(*found.values(), strict=True))
-    probs, unlike = np.array(probs, np.float32), np.array(unlike, np.float32)
-    return Table(list(found), labels, probs, errors, unlike, patients, about)
+            record["patient"] = patient_from_name(Path(name).name) or ""
+        records[name] = record
+    if not records:
+        raise wrong_cell(path, 2, "file", "a row for each image", "")
+    # The classes are computed again, at the threshold of this run.
+    predictions = pd.DataFrame(list(records.values())).drop(columns="prediction", errors="ignore")
+    return predictions.astype({"probability": np.float32, "unlike": np.float32})
 
 
-def count_patients(table):
-    """{class: patients}."""
-    pairs = set(zip(table.labels.tolist(), table.clusters(), strict=True))
-    return {name: sum(label == y for y, _ in pairs) for label, name in enumerate(CLASSES)}
+def read_row(path, line, row):
+    """Checks one row, {column: text}, and returns it with numbers in place of text."""
+    if not row["file"]:
+        raise wrong_cell(path, line, "file", "a name that no other row has", "")
+    if row["label"] not in CLASSES:
+        raise wrong_cell(path, line, "label", " or ".join(CLASSES), row["label"])
+    error = row.get("error", "")
+    probability = math.nan  # of an unreadable image
+    if not error:
+        probability = as_number(row["probability"])
+        if probability is None or not 0 <= probability <= 1:
+            raise wrong_cell(path, line, "probability", "a number from 0 to 1", row["probability"])
+    novelty = as_number(row.get("unlike") or "nan")
+    if novelty is None:
+        raise wrong_cell(path, line, "unlike", "a number", row["unlike"])
+    label = CLASSES.index(row["label"])
+    return row | dict(label=label, error=error, probability=probability, unlike=novelty)
 
 
-def count_left_out(table, model):
-    """{split/class: unreadable images}, of training and of the images that are scored."""
-    names = [name for name, error in zip(table.files, table.errors, strict=True) if error]
-    names = dict.fromkeys([*model.get("skipped", []), *names])
-    return Counter(Path(name).parent.as_posix() for name in names)
+def as_number(text):
+    """Returns the text as a float, None if it is no number."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def wrong_cell(path, line, column, expected, text):
+    """Returns the Failure for a cell that is not what it should be."""
+    return Failure(f"{path}, row {line}, column {column}: expected {expected}, found {text!r:.60}")

@@ -1,118 +1,151 @@
-"""Confidence intervals of proportions."""
+"""Confidence intervals of proportions, such as accuracy and sensitivity.
+
+Everywhere in this project, a value with its 95 % interval is a dict {value, low, high}. low and
+high are None if there is no interval.
+"""
 
 import math
 from statistics import NormalDist
 
 import numpy as np
 
-Z = NormalDist().inv_cdf(0.975)  # 95 % of a normal distribution lie between -Z and Z deviations
+Z = NormalDist().inv_cdf(0.975)  # 1.96: a 95 % interval is value ± Z standard errors
+PROPORTIONS = ("accuracy", "sensitivity", "specificity", "ppv", "npv")
+PREVALENCES = (0.01, 0.05, 0.1, 0.2, 0.5)  # for which predictive values are reported
 
 
-def wilson_interval(right, patients):
-    """{value, low, high} of the mean of `right`: Wilson's score interval, 95 %; None for no image.
+def wilson_interval(correct, patients):
+    """Computes the share of True in `correct` and its 95 % Wilson score interval.
 
-    right: bool (n,), or float in [0, 1]; patients: (n,), whose images are alike. Where a patient
-    has several, n is the effective sample size: n over how many times larger the variance by
-    patients is than that of n independent images. Wilson (1927); Rao and Scott (1992).
+    correct: bool (n,), or float (n,) between 0 and 1; patients: (n,), any names or numbers.
+    All three values are None if n is 0. Source: Wilson (1927), Rao and Scott (1992).
     """
-    n, right = len(right), np.asarray(right, np.float64)
-    if n == 0:
+    correct = np.asarray(correct, np.float64)
+    if len(correct) == 0:
         return {"value": None, "low": None, "high": None}
-    p = right.mean()
-    _, patient = np.unique(np.asarray(patients), return_inverse=True)
-    residuals, variance = np.bincount(patient, right - p), p * (1 - p) / n
-    clusters = len(residuals)
-    if variance > 0 and 1 < clusters < n:
-        by_patients = clusters / (clusters - 1) * np.square(residuals).sum() / n**2
-        n /= max(1, by_patients / variance)
-    elif clusters < n:
-        n = clusters
-    z = Z**2 / n
-    middle, reach = p + z / 2, np.sqrt(z * p * (1 - p) + z**2 / 4)
-    low, high = (middle - reach) / (1 + z), (middle + reach) / (1 + z)
+    p = correct.mean()
+    n = effective_sample_size(correct, patients)  # images of one patient are correlated
+    z2 = Z**2 / n
+    middle = p + z2 / 2
+    margin = np.sqrt(z2 * p * (1 - p) + z2**2 / 4)
+    low, high = (middle - margin) / (1 + z2), (middle + margin) / (1 + z2)
+    # Rounding must not exclude p itself if p is 0 or 1.
     return {"value": float(p), "low": float(min(low, p)), "high": float(max(high, p))}
 
 
-def accuracy_intervals(positive, labels, images):
-    """{accuracy, sensitivity, specificity: {value, low, high}} of predictions (..., N).
+def effective_sample_size(correct, patients):
+    """Returns how many independent images carry as much information as these correlated ones."""
+    n, p = len(correct), correct.mean()
+    _, patient = np.unique(np.asarray(patients), return_inverse=True)
+    residual_sums = np.bincount(patient, correct - p)  # one for each patient
+    n_patients = len(residual_sums)
+    variance = p * (1 - p) / n  # if all images were independent
+    if variance > 0 and 1 < n_patients < n:
+        correction = n_patients / (n_patients - 1)
+        clustered_variance = correction * np.square(residual_sums).sum() / n**2
+        # n divided by the design effect of the clustering.
+        return n / max(1, clustered_variance / variance)
+    return n_patients
 
-    Several of an image, those of repeats, count as their mean. On val no test result: it stopped
-    the training, and chose the threshold where a rule did.
+
+def accuracy_intervals(predictions, labels, xrays):
+    """Computes accuracy, sensitivity and specificity, as {name: {value, low, high}}.
+
+    predictions: bool (N,), or (n_repeats, N) if each image was predicted several times; labels:
+    float32 (N,). No test result on val/, which chose the epoch and the threshold.
     """
-    right = (positive == (labels > 0.5)).double().reshape(-1, len(labels)).mean(0).numpy()
-    patients, y = np.array([i.patient or str(i.path) for i in images]), labels.numpy()
-    sides = {"accuracy": y >= 0, "sensitivity": y > 0.5, "specificity": y < 0.5}
-    return {name: wilson_interval(right[side], patients[side]) for name, side in sides.items()}
-
-
-PROPORTIONS = ("accuracy", "sensitivity", "specificity", "ppv", "npv")
-PREVALENCES = 0.01, 0.05, 0.1, 0.2, 0.5
+    is_correct = (predictions == (labels > 0.5)).double()
+    # An image counts once, with its share of correct repeats.
+    correct = is_correct.reshape(-1, len(labels)).mean(0).numpy()
+    patients = np.array([xray.patient or str(xray.path) for xray in xrays])
+    labels = labels.numpy()
+    return {
+        "accuracy": wilson_interval(correct, patients),
+        "sensitivity": wilson_interval(correct[labels > 0.5], patients[labels > 0.5]),
+        "specificity": wilson_interval(correct[labels < 0.5], patients[labels < 0.5]),
+    }
 
 
 def ratio_interval(top, bottom):
-    """{value, low, high} of the ratio of two independent proportions, {value, low, high} each.
+    """Computes the ratio of two independent proportions, each {value, low, high}.
 
-    MOVER: the method of variance estimates recovery (Donner and Zou 2012). Infinite where the
-    bottom may be 0, nan where both are.
+    high is infinite if the denominator may be 0; the value is nan if both are 0. Method: MOVER, the
+    method of variance estimates recovery (Donner and Zou 2012).
     """
     a, b = top["value"], bottom["value"]
 
-    def root(x, y):
-        x, y = x * (2 * a - x), y * (2 * b - y)
+    def terms(a_limit, b_limit):
+        x = a_limit * (2 * a - a_limit)
+        y = b_limit * (2 * b - b_limit)
         return x, y, a * b + math.sqrt(max((a * b) ** 2 - x * y, 0))
 
-    x, _, large = root(top["low"], bottom["high"])
-    low = x / large if large else 0.0
-    _, y, large = root(top["high"], bottom["low"])
-    high = large / y if y > 0 else math.inf
-    value = a / b if b else math.inf if a else math.nan
+    x, _, root = terms(top["low"], bottom["high"])
+    low = x / root if root else 0.0
+    _, y, root = terms(top["high"], bottom["low"])
+    high = root / y if y > 0 else math.inf
+    value = math.inf if a else math.nan
+    if b:
+        value = a / b
     return {"value": value, "low": low, "high": high}
 
 
 def complement(share):
-    """1 - a share, {value, low, high}."""
-    others = {"value": "value", "low": "high", "high": "low"}
-    return {key: 1 - share[other] for key, other in others.items()}
+    """Returns 1 - share for a share with its interval, a dict {value, low, high}."""
+    return {"value": 1 - share["value"], "low": 1 - share["high"], "high": 1 - share["low"]}
 
 
 def predictive_values(metrics, prevalences):
-    """[{prevalence, ppv, npv}] where other shares of the images are PNEUMONIA.
+    """Computes PPV and NPV for other shares of positive images, as [{prevalence, ppv, npv}].
 
-    The odds before the test times the likelihood ratio are the odds after it.
+    metrics: {sensitivity, specificity}, each {value, low, high}.
     """
     sensitivity, specificity = metrics["sensitivity"], metrics["specificity"]
-    positive = ratio_interval(sensitivity, complement(specificity))
-    negative = ratio_interval(complement(sensitivity), specificity)
-    found = []
+    positive_ratio = ratio_interval(sensitivity, complement(specificity))
+    negative_ratio = ratio_interval(complement(sensitivity), specificity)
+    result = []
     for prevalence in sorted(set(prevalences)):
-        before = prevalence / (1 - prevalence)
-        ppv = {key: 1 - 1 / (1 + before * value) for key, value in positive.items()}
-        npv = complement({key: 1 - 1 / (1 + before * value) for key, value in negative.items()})
-        found.append({"prevalence": prevalence, "ppv": ppv, "npv": npv})
-        for each in (ppv, npv):
-            each |= {key: None for key, value in each.items() if math.isnan(value)}
-    return found
+        odds = prevalence / (1 - prevalence)
+        ppv = probability_after(odds, positive_ratio)
+        npv = complement(probability_after(odds, negative_ratio))
+        result.append({"prevalence": prevalence, "ppv": nan_to_none(ppv), "npv": nan_to_none(npv)})
+    return result
 
 
-def wald_interval(value, error):
-    """{value, low, high}: 1.96 standard errors to each side; None for what is not finite, or not
-    known: an error of 0 about a difference."""
-    if not math.isfinite(value + error):
+def probability_after(odds, likelihood_ratio):
+    """Returns the probability after a test, as {value, low, high}. odds: before the test."""
+    # The odds before the test, times the likelihood ratio, are the odds after it.
+    return {key: 1 - 1 / (1 + odds * ratio) for key, ratio in likelihood_ratio.items()}
+
+
+def nan_to_none(interval):
+    """Replaces nan by None, because JSON has no nan."""
+    return {key: None if math.isnan(value) else value for key, value in interval.items()}
+
+
+def wald_interval(value, standard_error):
+    """Returns value ± 1.96 standard errors as a dict {value, low, high}.
+
+    All three are None if value or standard error is not finite. low and high are None if the
+    standard error is 0 although the value is not 0.
+    """
+    if not math.isfinite(value) or not math.isfinite(standard_error):
         return {"value": None, "low": None, "high": None}
-    if error < 1e-9 < abs(value):
+    if standard_error < 1e-9 and abs(value) > 1e-9:  # the bootstrap could not estimate it
         return {"value": float(value), "low": None, "high": None}
-    low, high = value - Z * error, value + Z * error
+    low, high = value - Z * standard_error, value + Z * standard_error
     return {"value": float(value), "low": float(low), "high": float(high)}
 
 
 def format_interval(metric):
-    """A value with its interval, as text."""
-
-    def shown(value):
-        return "<0.001" if 0 < value < 0.0005 else f"{value:.3f}"
-
+    """Formats {value, low, high} as text, for example "0.810 (0.721 to 0.875)"."""
     if metric["value"] is None:
         return "undefined"
+    value = format_number(metric["value"])
     if metric["low"] is None:
-        return shown(metric["value"])
-    return f"{shown(metric['value'])} ({shown(metric['low'])} to {shown(metric['high'])})"
+        return value
+    return f"{value} ({format_number(metric['low'])} to {format_number(metric['high'])})"
+
+
+def format_number(value):
+    """Formats a number with three decimals. A small positive number is never shown as 0."""
+    return "<0.001" if 0 < value < 0.0005 else f"{value:.3f}"

@@ -1,171 +1,219 @@
-"""All scores of a table of predictions, with intervals."""
+"""All scores of a table of predictions, with their intervals.
+
+A table is a DataFrame (see cxr/predictions.py) of readable images with known labels.
+"""
 
 import math
 from functools import partial
 
 import numpy as np
-import scipy.stats
 import torch
 import torchmetrics.functional.classification as tm
 from scipy.special import expit, logit
+from scipy.stats import rankdata
 
 from cxr.bootstrap import bootstrap_patients, logit_t_intervals
 from cxr.calibration import fit_logistic
 from cxr.errors import Failure
 from cxr.folders import CLASSES
-from cxr.proportions import PROPORTIONS, format_interval, wald_interval, wilson_interval
+from cxr.predictions import as_arrays, metadata_columns
+from cxr.proportions import format_interval, wald_interval, wilson_interval
 
-SCORES = ("accuracy", "f1", "auroc", "average_precision", "sensitivity", "specificity")
-SCORES += ("ppv", "npv", "brier", "ece")
+SCORES = (
+    "accuracy", "f1", "auroc", "average_precision", "sensitivity", "specificity", "ppv", "npv",
+    "brier", "ece",
+)  # fmt: skip
 
-
-def score(probs, labels, threshold, names=SCORES):
-    """{name: float, or None where a denominator is 0}.
-
-    probs: float32 (N,), P(PNEUMONIA); labels: int64 (N,). An image counts as PNEUMONIA above the
-    threshold, not at it. brier: mean squared error of the probability; ece: expected calibration
-    error, 15 bins of equal width (Guo et al. 2017).
-    """
-    import torchmetrics.functional.classification as tm
-
-    fast = {"validate_args": False}  # the bootstrap asks thousands of times
-    at = {"threshold": threshold, **fast}
-    functions = {
-        "accuracy": partial(tm.binary_accuracy, **at),
-        "f1": partial(tm.binary_f1_score, **at),
-        "auroc": partial(tm.binary_auroc, **fast),
-        "average_precision": partial(tm.binary_average_precision, **fast),
-        "sensitivity": partial(tm.binary_recall, **at),
-        "specificity": partial(tm.binary_specificity, **at),
-        "ppv": partial(tm.binary_precision, **at),
-        "npv": partial(tm.binary_negative_predictive_value, **at),
-        "brier": lambda probs, labels: (probs - labels).square().mean(),
-        "ece": partial(tm.binary_calibration_error, n_bins=15, **fast),
-    }
-    empty = {"ppv": not (probs > threshold).any(), "npv": not (probs <= threshold).any()}
-    return {
-        name: None if empty.get(name) else float(functions[name](probs, labels)) for name in names
-    }
-
-
-# in a patient's name: (class, key, in words)
+# Subgroups of the reference data: {beginning or end of the patient's name in the file name:
+# (key in metrics.json, name of the group, score)}
 SUBGROUPS = {
-    "_bacteria": (1, "bacteria", "bacterial pneumonia"),
-    "_virus": (1, "virus", "viral pneumonia"),
-    "IM-": (0, "IM", "films named IM-"),
-    "NORMAL2-IM-": (0, "NORMAL2-IM", "films named NORMAL2-IM-"),
+    "_bacteria": ("bacteria", "bacterial pneumonia", "sensitivity"),
+    "_virus": ("virus", "viral pneumonia", "sensitivity"),
+    "IM-": ("IM", "films named IM-", "specificity"),
+    "NORMAL2-IM-": ("NORMAL2-IM", "films named NORMAL2-IM-", "specificity"),
 }
 
 
-def measure_scores(table, threshold, seed):
-    """({name: {value, low, high}}, counts) of all scores; a Failure where a class is missing."""
-    for label, name in enumerate(CLASSES):
-        if label not in table.labels:
-            raise Failure(f"no readable {name} image: expected both classes to score")
-    probs, labels = torch.from_numpy(table.probs), torch.from_numpy(table.labels)
-    values = score(probs, labels, threshold)
-    if not all(math.isfinite(value) for value in values.values() if value is not None):
-        raise Failure(f"a score is not finite: {values}", 3)
-    tn, fp, fn, tp = tm.binary_confusion_matrix(probs, labels, threshold).ravel().tolist()
-    metrics = {name: {"value": value, "low": None, "high": None} for name, value in values.items()}
-    positive, patients = table.probs > np.float32(threshold), np.array(table.clusters())
-    right = positive == (table.labels == 1)
-    sides = right | True, table.labels == 1, table.labels == 0, positive, ~positive
-    for name, side in zip(PROPORTIONS, sides, strict=True):
-        metrics[name] |= wilson_interval(right[side], patients[side])
+def score(probs, labels, threshold, names=SCORES):
+    """Computes scores with torchmetrics. Returns {name: float}, None if a denominator is 0.
 
-    def statistic_of(*names):
-        return lambda rows: [*score(probs[rows], labels[rows], threshold, names).values()]
-
-    smooth = "auroc", "average_precision"
-    for name, each in zip(
-        smooth, logit_t_intervals(table, statistic_of(*smooth), seed), strict=True
-    ):
-        metrics[name] = each
-    drawn, _ = bootstrap_patients(table, statistic_of("f1", "brier"), seed, "BCa")
-    for name, low, high in zip(("f1", "brier"), *drawn.confidence_interval, strict=True):
-        if math.isfinite(low + high) and low < high:  # else all draws are alike
-            metrics[name] |= {"low": float(low), "high": float(high)}
-    return metrics, {"tp": tp, "fp": fp, "tn": tn, "fn": fn}
-
-
-def measure_subgroups(table, names, threshold, seed):
-    """{name: {group, metric, n, value, low, high}} by names, and by the columns of metadata.csv.
-
-    names: of the patients, as the files tell them, "" where they do not: the etiologies and series
-    of the reference data. Columns: those of 2 to 10 values.
+    probs: float32 (N,), P(positive); labels: int64 (N,). An image counts as positive if its
+    probability is above the threshold, not if it is equal.
     """
-    positive, parts = table.labels == 1, {}
-    for part, (label, key, group) in SUBGROUPS.items():
-        inside = np.array([name.startswith(part) or name.endswith(part) for name in names])
-        parts[key] = group, ("specificity", "sensitivity")[label], inside & (positive == label)
-    for column in dict.fromkeys(key for about in table.about for key in about):
-        values = np.array([about.get(column, "") for about in table.about])
-        known = sorted(set(values) - {""})
-        for value in known if 2 <= len(known) <= 10 else ():
-            group, inside = f"{column} {value}", values == value
-            parts[f"{group}, sensitivity"] = group, "sensitivity", inside & positive
-            parts[f"{group}, specificity"] = group, "specificity", inside & ~positive
-            parts[f"{group}, auroc"] = group, "auroc", inside
-    found = {}
-    for name, (group, metric, inside) in parts.items():
-        part = table.select(np.flatnonzero(inside))
-        if metric == "auroc" and len(set(part.labels)) == 2:
-
-            def auroc(rows, part=part):
-                return aurocs(part.probs[None, rows], part.labels[rows])
-
-            (interval_of,) = logit_t_intervals(part, auroc, seed)
-        elif metric != "auroc" and part.files:
-            right = (part.probs > threshold) == part.labels
-            interval_of = wilson_interval(right, part.clusters())
-        else:
-            continue
-        found[name] = {"group": group, "metric": metric, "n": len(part.files)} | interval_of
-    return found
-
-
-def measure_calibration(table, model):
-    """What metrics.json says about calibration; model: what it says about the model.
-
-    intercept: calibration in the large, the shift of the logits that makes the mean probability
-    right, 0 if it is; slope: their factor, 1 if right, below 1 where scores are too extreme (Cox
-    1958; Van Calster et al. 2019). ece and brier with Platt's slope and intercept and, undone on
-    the logits, without them.
-    """
-    labels, clusters = table.labels, table.clusters()
-    # a float32 of 1.0 may have been 1 - 2**-25
-    logits = logit(np.clip(table.probs.astype(np.float64), 1e-12, 1 - 2.0**-25))
-    ones = np.ones(len(labels))
-    shift, shift_error = fit_logistic(ones[:, None], labels, logits, clusters)
-    line, line_error = fit_logistic(np.column_stack([logits, ones]), labels, 0, clusters)
-    found = {
-        "intercept": wald_interval(shift[0], shift_error[0]),
-        "slope": wald_interval(line[0], line_error[0]),
+    fast = {"validate_args": False}  # the bootstrap calls this thousands of times
+    functions = {
+        "accuracy": partial(tm.binary_accuracy, threshold=threshold, **fast),
+        "f1": partial(tm.binary_f1_score, threshold=threshold, **fast),
+        "auroc": partial(tm.binary_auroc, **fast),
+        "average_precision": partial(tm.binary_average_precision, **fast),
+        "sensitivity": partial(tm.binary_recall, threshold=threshold, **fast),
+        "specificity": partial(tm.binary_specificity, threshold=threshold, **fast),
+        "ppv": partial(tm.binary_precision, threshold=threshold, **fast),
+        "npv": partial(tm.binary_negative_predictive_value, threshold=threshold, **fast),
+        "brier": lambda probs, labels: (probs - labels).square().mean(),  # squared error
+        "ece": partial(tm.binary_calibration_error, n_bins=15, **fast),  # Guo et al. 2017
     }
+    result = {name: float(functions[name](probs, labels)) for name in names}
+    # Without a positive (or negative) prediction torchmetrics gives 0, but the score is undefined.
+    if "ppv" in result and not (probs > threshold).any():
+        result["ppv"] = None
+    if "npv" in result and not (probs <= threshold).any():
+        result["npv"] = None
+    return result
+
+
+def measure_scores(predictions, threshold, seed):
+    """Computes all scores with their 95 % intervals. Returns {name: {value, low, high}}.
+
+    Raises Failure if a class has no image, or if a score is not finite.
+    """
+    probs, labels, patients = as_arrays(predictions)
+    for label, name in enumerate(CLASSES):
+        if label not in labels:
+            raise Failure(f"there is no readable {name} image; both classes are needed for scores")
+    tensors = torch.from_numpy(probs), torch.from_numpy(labels)
+    values = score(*tensors, threshold)
+    if not all(value is None or math.isfinite(value) for value in values.values()):
+        raise Failure(f"a score is not finite: {values}", 3)
+    metrics = {name: {"value": value, "low": None, "high": None} for name, value in values.items()}
+    metrics |= measure_proportions(probs, labels, patients, threshold)
+
+    def scores_of(names, rows):
+        return list(score(tensors[0][rows], tensors[1][rows], threshold, names).values())
+
+    names = ("auroc", "average_precision")
+    intervals = logit_t_intervals(labels, patients, partial(scores_of, names), seed)
+    metrics |= dict(zip(names, intervals, strict=True))
+
+    names = ("f1", "brier")
+    samples, _ = bootstrap_patients(labels, patients, partial(scores_of, names), seed, "BCa")
+    for name, low, high in zip(names, *samples.confidence_interval, strict=True):
+        # If all bootstrap samples are equal, there is no interval.
+        if math.isfinite(low + high) and low < high:
+            metrics[name] |= {"low": float(low), "high": float(high)}
+    return metrics
+
+
+def measure_proportions(probs, labels, patients, threshold):
+    """Computes the scores that are proportions, with Wilson's interval."""
+    is_positive = probs > np.float32(threshold)  # as torchmetrics compares
+    correct = is_positive == (labels == 1)
+    rows = {
+        "accuracy": np.full(len(labels), True),
+        "sensitivity": labels == 1,
+        "specificity": labels == 0,
+        "ppv": is_positive,
+        "npv": ~is_positive,
+    }
+    return {name: wilson_interval(correct[mask], patients[mask]) for name, mask in rows.items()}
+
+
+def count_outcomes(predictions, threshold):
+    """Returns the confusion matrix as a dict {tp, fp, tn, fn}."""
+    probs, labels, _ = as_arrays(predictions)
+    probs, labels = torch.from_numpy(probs), torch.from_numpy(labels)
+    tn, fp, fn, tp = tm.binary_confusion_matrix(probs, labels, threshold).ravel().tolist()
+    return {"tp": tp, "fp": fp, "tn": tn, "fn": fn}
+
+
+def measure_subgroups(predictions, names, threshold, seed):
+    """Computes sensitivity, specificity and AUROC for subgroups of patients.
+
+    names: (N,), the patients as the file names contain them, for SUBGROUPS; "" if unknown.
+    Returns {key: {group, metric, n, value, low, high}}.
+    """
+    result = {}
+    for part, (key, group, metric) in SUBGROUPS.items():
+        is_member = np.array([name.startswith(part) or name.endswith(part) for name in names])
+        result[key] = measure_subgroup(predictions[is_member], group, metric, threshold, seed)
+    for column, value in subgroup_values(predictions):
+        group = f"{column} {value}"
+        subgroup = predictions[predictions[column] == value]
+        for metric in ("sensitivity", "specificity", "auroc"):
+            key = f"{group}, {metric}"
+            result[key] = measure_subgroup(subgroup, group, metric, threshold, seed)
+    return {key: interval for key, interval in result.items() if interval is not None}
+
+
+def measure_subgroup(subgroup, group, metric, threshold, seed):
+    """Computes one score of a subgroup; None if the images that it needs are missing."""
+    if metric == "sensitivity":
+        subgroup = subgroup[subgroup["label"] == 1]
+    elif metric == "specificity":
+        subgroup = subgroup[subgroup["label"] == 0]
+    probs, labels, patients = as_arrays(subgroup)
+
+    def auroc(rows):
+        return aurocs(probs[None, rows], labels[rows])
+
+    n_classes_needed = 2 if metric == "auroc" else 1
+    if len(set(labels)) < n_classes_needed:
+        return None
+    if metric == "auroc":
+        interval = logit_t_intervals(labels, patients, auroc, seed)[0]
+    else:
+        interval = wilson_interval((probs > threshold) == labels, patients)
+    return {"group": group, "metric": metric, "n": len(labels)} | interval
+
+
+def subgroup_values(predictions):
+    """Yields (column, value) for the columns of metadata.csv that have 2 to 10 values."""
+    for column in metadata_columns(predictions):
+        values = sorted(set(predictions[column]) - {""})
+        if 2 <= len(values) <= 10:
+            for value in values:
+                yield column, value
+
+
+def measure_calibration(predictions, model):
+    """Measures how well the probabilities are calibrated, for metrics.json.
+
+    intercept: the shift of the logits that makes the mean probability right. slope: the factor of
+    the logits; below 1 if the probabilities are too extreme. with, without: after and before Platt
+    scaling. model: slope and intercept of Platt scaling, if known. Source: Cox 1958; Van Calster
+    et al. 2019.
+    """
+    probs, labels, patients = as_arrays(predictions)
+    # A float32 of 1 has no finite logit. 1 - 2**-25 is the lowest number that rounds to it.
+    logits = logit(np.clip(probs.astype(np.float64), 1e-12, 1 - 2.0**-25))
+    ones = np.ones(len(labels))
+    shift, shift_error = fit_logistic(ones[:, None], labels, logits, patients)
+    line, line_error = fit_logistic(np.column_stack([logits, ones]), labels, 0, patients)
+    slope_interval = wald_interval(line[0], line_error[0])
     positive, negative = logits[labels == 1], logits[labels == 0]
     if positive.min() >= negative.max() or positive.max() <= negative.min():
-        found["slope"] = wald_interval(
-            math.nan, math.nan
-        )  # separated, or all alike: any slope fits
-    slope, intercept = model.get("slope") or 1.0, model.get("intercept") or 0.0
-    before = expit((logits - intercept) / slope).astype(np.float32)
-    for name, probs in (("with", table.probs), ("without", before)):
-        scores = score(torch.from_numpy(probs), torch.from_numpy(labels), 0.5)
-        found[name] = {"ece": scores["ece"], "brier": scores["brier"]}
-    return found | {"platt": {"slope": slope, "intercept": intercept}}
+        slope_interval = wald_interval(math.nan, math.nan)  # any slope fits separated classes
+
+    # Platt scaling multiplied the logits by the slope and added the intercept. Undo this.
+    platt_slope, platt_intercept = model.get("slope") or 1.0, model.get("intercept") or 0.0
+    uncalibrated = expit((logits - platt_intercept) / platt_slope).astype(np.float32)
+    return {
+        "intercept": wald_interval(shift[0], shift_error[0]),
+        "slope": slope_interval,
+        "with": score_calibration(probs, labels),
+        "without": score_calibration(uncalibrated, labels),
+        "platt": {"slope": platt_slope, "intercept": platt_intercept},
+    }
+
+
+def score_calibration(probs, labels):
+    """Returns {ece, brier} of the probabilities; they do not depend on a threshold."""
+    return score(torch.from_numpy(probs), torch.from_numpy(labels), 0.5, ("ece", "brier"))
 
 
 def aurocs(scores, labels):
-    """float (k,): the AUROC of each row of scores (k, n), by Mann and Whitney's ranks."""
+    """Computes the AUROC of each row of scores (k, n), float (k,). labels: int (n,)."""
     n_positive = labels.sum()
-    above = scipy.stats.rankdata(scores, axis=1)[:, labels == 1].sum(1)
-    pairs = n_positive * (len(labels) - n_positive)
-    return (above - n_positive * (n_positive + 1) / 2) / pairs
+    n_pairs = n_positive * (len(labels) - n_positive)
+    # The AUROC is the statistic U of Mann and Whitney, divided by the number of pairs.
+    rank_sums = rankdata(scores, axis=1)[:, labels == 1].sum(1)
+    return (rank_sums - n_positive * (n_positive + 1) / 2) / n_pairs
 
 
 def below_chance(auroc):
-    """A warning where the scores are worse than a coin, which no honest mistake makes them."""
-    if (auroc["value"] if auroc["high"] is None else auroc["high"]) >= 0.5:
+    """Returns a warning if the AUROC's interval is below 0.5."""
+    highest = auroc["value"] if auroc["high"] is None else auroc["high"]
+    if highest >= 0.5:
         return []
-    return [f"AUROC {format_interval(auroc)} is far below chance: are the class folders swapped?"]
+    value = format_interval(auroc)
+    return [f"the AUROC is {value}, below chance (0.5). Are the class folders swapped?"]

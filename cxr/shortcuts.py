@@ -1,263 +1,314 @@
-"""How well one number per image predicts the class."""
+"""How well a simple measurement of an image, such as the file size, predicts its class.
 
+If such a number is as good as the network, the network may have learned no more than this number.
+The same numbers show whether the test images differ from the others (shift).
+"""
+
+import math
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score, roc_curve
+from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from cxr.bootstrap import paired_differences
 from cxr.decode import apply_window, decode
+from cxr.errors import either
 from cxr.folders import CLASSES
+from cxr.predictions import as_arrays
 from cxr.scores import aurocs
+
+ALARM = 0.7  # AUROC from which a number matters: customary for "acceptable" discrimination
+MAX_IMAGES = 2000  # training images that are read for the baselines; milliseconds each
+
+# The outer 3 of 32 pixels on each side, where there is no lung.
+BORDER = np.pad(np.zeros((26, 26), bool), 3, constant_values=True).ravel()
 
 
 def image_numbers(path, size):
-    """({name: float} of what one could go by without a network, grey PIL image mode L, Decoded).
+    """Reads what can be known about an image without a network.
 
-    file size: bytes; width, height: pixels of the file; bits a pixel: 8 if grey, 24 if RGB; JPEG
-    quality: 0 for other formats. Of the grey levels, 0 to 255: mean, (standard) deviation, and
-    sharpness, the mean absolute difference of vertical neighbours.
-    Raises what decode raises.
+    size: see decode. Returns ({name: float}, grey PIL image of mode L, Decoded). Raises the errors
+    of decode.
     """
-    scan = decode(path, size)
-    grey = apply_window(scan.grey, 0 if scan.grey.mode == "L" else 2)
+    decoded = decode(path, size)
+    window = 0 if decoded.grey.mode == "L" else 2  # 8-bit grey levels are used unchanged
+    grey = apply_window(decoded.grey, window)
     pixels = np.asarray(grey, dtype=np.float32)
+    sharpness = 0.0
+    if len(pixels) > 1:
+        # The mean difference of vertical neighbours.
+        sharpness = float(np.abs(np.diff(pixels, axis=0)).mean())
     numbers = {
-        "file size": float(os.path.getsize(path)),
-        "width": float(scan.size[0]),
-        "height": float(scan.size[1]),
-        "bits a pixel": float(scan.bits),
-        "JPEG quality": float(scan.quality),
-        "mean": float(pixels.mean()),
+        "file size": float(os.path.getsize(path)),  # in bytes
+        "width": float(decoded.size[0]),  # in pixels, as the height
+        "height": float(decoded.size[1]),
+        "bits a pixel": float(decoded.bits),  # 8 if grey, 24 if RGB
+        "JPEG quality": float(decoded.quality),  # 0 for other formats
+        "mean": float(pixels.mean()),  # of the grey levels, 0 to 255
         "deviation": float(pixels.std()),
-        "sharpness": float(np.abs(np.diff(pixels, axis=0)).mean()) if len(pixels) > 1 else 0.0,
+        "sharpness": sharpness,
     }
-    return numbers, grey, scan
+    return numbers, grey, decoded
 
 
-N_NUMBERS = 2000  # training images whose numbers are compared, at most: milliseconds each
+def read_image_numbers(xrays, size):
+    """Reads the numbers of the readable images, as (names, float (n, k), labels int (n,))."""
 
-
-def single_number_baselines(args, images, table, training, reason, size):
-    """What metrics.json says about one number of an image in place of the network, by AUROC.
-
-    By accuracy the comparison would be unfair: a number's cut is chosen for accuracy, the network's
-    threshold is not. Which number is best, and in which direction, is decided on train/ and val/;
-    `all numbers` is a logistic regression on all of them.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    names, fitted, fit_labels = read_image_numbers(
-        training[:: -(-len(training) // N_NUMBERS) or 1], size
-    )
-    _, tested, test_labels = read_image_numbers(images, size)
-    if len(set(fit_labels)) < 2 or len(test_labels) < len(images):
-        return {"none": reason or "an image cannot be read any more"}
-    model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced"))
-    model.fit(fitted, fit_labels)
-    names = [*names, "all numbers"]
-    fitted = np.column_stack([fitted, model.decision_function(fitted)]).T
-    tested = np.column_stack([tested, model.decision_function(tested)]).T
-
-    fit_auroc = aurocs(fitted, np.array(fit_labels))
-    signs = np.where(fit_auroc >= 0.5, 1, -1)
-    scores = np.vstack([table.probs, signs[:, None] * tested])
-
-    def differences(rows):
-        network, *others = aurocs(scores[:, rows], table.labels[rows])
-        return np.subtract(network, others)
-
-    gains = paired_differences(table, differences, args.seed)
-    columns = zip(names, signs, aurocs(scores, table.labels)[1:], gains, strict=True)
-    numbers = {
-        name: {
-            "sign": int(sign),
-            "auroc": float(auroc),
-            "difference": gain,
-            "network_is": compare_in_words(gain),
-        }
-        for name, sign, auroc, gain in columns
-    }
-    best = names[int(np.argmax(np.abs(fit_auroc[:-1] - 0.5)))]
-    about = {"number": best, "fitted_on": fitted.shape[1], "numbers": numbers}
-    return about | numbers[best]
-
-
-def compare_in_words(gain):
-    """Whether the network is better, in words."""
-    if gain["value"] <= 0:
-        return "NO BETTER"
-    known = gain["low"] is not None
-    return "better" if known and gain["low"] > 0 else "better, but within chance"
-
-
-def read_image_numbers(images, size):
-    """(names, float (n, k), labels [int]) of the images that can be read."""
-
-    def numbers_or_none(path):
+    def numbers_or_none(xray):
         try:
-            return image_numbers(path, size)[0]
+            return image_numbers(xray.path, size)[0]
         except Exception:  # damaged files make decoders raise nearly anything
             return None
 
     with ThreadPoolExecutor() as pool:
-        found = list(pool.map(numbers_or_none, (image.path for image in images)))
-    rows = [(each, image.label) for each, image in zip(found, images, strict=True) if each]
-    names = list(rows[0][0]) if rows else []
-    return names, np.array([list(each.values()) for each, _ in rows]), [label for _, label in rows]
+        results = list(pool.map(numbers_or_none, xrays))
+    names, rows, labels = [], [], []
+    for numbers, xray in zip(results, xrays, strict=True):
+        if numbers is not None:
+            names = list(numbers)
+            rows.append(list(numbers.values()))
+            labels.append(xray.label)
+    return names, np.array(rows), np.array(labels)
 
 
-ALARM = 0.7  # AUROC from which one number matters: the customary bound of a test that discriminates
-BORDER = np.pad(np.zeros((26, 26), bool), 3, constant_values=True).ravel()  # no lung is so far out
+def single_number_baselines(predictions, xrays, training, reason, size, seed):
+    """Compares the network's AUROC with that of single numbers, for metrics.json.
+
+    predictions: the table of `xrays`; training: Xrays of train/ and val/; reason: why `training`
+    is empty. Returns {"none": reason} if there is nothing to compare with.
+    """
+    step = max(1, math.ceil(len(training) / MAX_IMAGES))
+    names, train_numbers, train_labels = read_image_numbers(training[::step], size)
+    _, test_numbers, test_labels = read_image_numbers(xrays, size)
+    if len(set(train_labels)) < 2 or len(test_labels) < len(xrays):
+        return {"none": reason or "an image cannot be read any more"}
+    names.append("all numbers")  # a logistic regression on all of them
+    model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced"))
+    model.fit(train_numbers, train_labels)
+    # From now on, one row for each number and one column for each image.
+    train_numbers = np.vstack([train_numbers.T, model.decision_function(train_numbers)])
+    test_numbers = np.vstack([test_numbers.T, model.decision_function(test_numbers)])
+
+    # The best number and all directions are chosen on train/ and val/.
+    train_aurocs = aurocs(train_numbers, train_labels)
+    best = names[int(np.argmax(np.abs(train_aurocs[:-1] - 0.5)))]
+    signs = np.where(train_aurocs >= 0.5, 1, -1)
+    probs, labels, patients = as_arrays(predictions)
+    scores = np.vstack([probs, signs[:, None] * test_numbers])  # row 0: the network
+
+    # By AUROC: a cut-off that maximises the accuracy would favour the number.
+    def differences(rows):
+        network, *others = aurocs(scores[:, rows], labels[rows])
+        return np.subtract(network, others)
+
+    gains = paired_differences(labels, patients, differences, seed)
+    test_aurocs = aurocs(scores, labels)[1:]
+    numbers = {}
+    for name, sign, auroc, gain in zip(names, signs, test_aurocs, gains, strict=True):
+        numbers[name] = {"sign": int(sign), "auroc": float(auroc), "difference": gain}
+        numbers[name]["network_is"] = compare_in_words(gain)
+    return {"number": best, "fitted_on": len(train_labels), "numbers": numbers} | numbers[best]
 
 
-def as_pixels(xrays):
-    """float32 (N, 1024): the images at 32 x 32."""
-    blocks = np.stack([xray.thumbnail for xray in xrays]).reshape(-1, 32, 3, 32, 3)
-    return blocks.mean((2, 4), dtype=np.float32).reshape(-1, 1024)
+def compare_in_words(gain):
+    """Says whether the network is better. gain: its AUROC minus that of a number, with interval."""
+    if gain["value"] <= 0:
+        return "NOT BETTER"
+    if gain["low"] is not None and gain["low"] > 0:
+        return "better"
+    return "better, but this may be chance"
+
+
+# ---------------------------------------------------------------- shortcuts, for --check
 
 
 def is_alarming(auroc, labels, patients):
-    """Whether an AUROC is both large and no accident of few patients.
-
-    3 standard deviations of the Mann-Whitney statistic, whose n are patients: images of one patient
-    are alike and tell little more than one of them.
-    """
-    n0, n1 = (len(set(patients[labels == label])) for label in (0, 1))
-    return bool(auroc > max(ALARM, 0.5 + 3 * ((n0 + n1 + 1) / (12 * n0 * n1)) ** 0.5))
+    """Returns True if an AUROC is above ALARM and 3 standard deviations above chance."""
+    # Patients are counted, not images, because images of one patient are correlated.
+    n0 = len(set(patients[labels == 0]))
+    n1 = len(set(patients[labels == 1]))
+    deviation = ((n0 + n1 + 1) / (12 * n0 * n1)) ** 0.5  # of the Mann-Whitney statistic
+    return bool(auroc > max(ALARM, 0.5 + 3 * deviation))
 
 
 def make_folds(labels, patients):
-    """[(training rows, rows held out)], each patient on one side; none where there are too few."""
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    k = min(5, *(len(set(patients[labels == label])) for label in (0, 1)))
-    if k < 2:
-        return []
-    folds = StratifiedGroupKFold(k, shuffle=True, random_state=0).split(labels, labels, patients)
-    # patients with both labels can leave one of them to no side: nothing is learned there
-    return [(train, held) for train, held in folds if len(set(labels[train])) == 2]
+    """Divides images into at most 5 folds by patient, as (training rows, held-out rows) pairs."""
+    n_folds = min(5, *(len(set(patients[labels == label])) for label in (0, 1)))
+    if n_folds < 2:
+        return []  # a class has too few patients
+    splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=0)
+    folds = splitter.split(labels, labels, patients)
+    # If a patient has images of both labels, a training side may have only one label.
+    return [(train, held_out) for train, held_out in folds if len(set(labels[train])) == 2]
 
 
 def fit_cut(values, labels):
-    """(sign, cut) such that sign * values > sign * cut tells the labels best."""
-    from sklearn.metrics import roc_curve
+    """Finds the cut-off with the highest accuracy.
 
-    found = []
+    Returns (sign, cut): label 1 is predicted if sign * value > sign * cut.
+    """
+    candidates = []
     for sign in (1, -1):
-        false, true, cuts = roc_curve(labels, sign * values, drop_intermediate=False)
-        right = true * labels.sum() + (1 - false) * (1 - labels).sum()
-        best = 1 + np.argmax(right[1:-1])  # the ends would call every image the same
-        found.append((right[best], sign, sign * (cuts[best] + cuts[best + 1]) / 2))
-    return max(found)[1:]
+        fpr, tpr, cuts = roc_curve(labels, sign * values, drop_intermediate=False)
+        n_correct = tpr * labels.sum() + (1 - fpr) * (1 - labels).sum()
+        best = 1 + np.argmax(n_correct[1:-1])  # the ends would predict one class for all images
+        cut = sign * (cuts[best] + cuts[best + 1]) / 2
+        candidates.append((n_correct[best], sign, cut))
+    _, sign, cut = max(candidates)
+    return sign, cut
 
 
 def score_number(values, labels, folds):
-    """float (N,): above 0 where the cut fitted on the other side of the fold says label 1."""
+    """Returns float (N,): above 0 if the cut-off predicts label 1. Fitted on the training sides."""
     scores = np.zeros(len(values))
-    for train, held in folds:
+    for train, held_out in folds:
         sign, cut = fit_cut(values[train], labels[train])
-        scores[held] = sign * (values[held] - cut)
+        scores[held_out] = sign * (values[held_out] - cut)
     return scores
 
 
 def score_pixels(pixels, labels, folds):
-    """float (N,): the logit of label 1, by a logistic regression fitted on the other side."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    # C from 0.001 to 0.1 changes no AUROC on the reference data by more than 0.05
+    """Returns float (N,): logits of a logistic regression. Fitted on the training sides."""
+    # On the reference data, C from 0.001 to 0.1 changes no AUROC by more than 0.05.
     regression = LogisticRegression(C=0.01, class_weight="balanced", solver="liblinear")
-    model, scores = make_pipeline(StandardScaler(), regression), np.zeros(len(pixels))
-    for train, held in folds:
+    model = make_pipeline(StandardScaler(), regression)
+    scores = np.zeros(len(pixels))
+    for train, held_out in folds:
         model.fit(pixels[train], labels[train])
-        scores[held] = model.decision_function(pixels[held])
+        scores[held_out] = model.decision_function(pixels[held_out])
     return scores
 
 
-def score_shortcuts(numbers, pixels, labels, patients, scored):
-    """Rows of the page: how well one number separates the classes of the images `scored`.
+def score_shortcuts(numbers, pixels, labels, patients, is_scored):
+    """Scores how well each number separates the classes of the images in `is_scored`.
 
     numbers: {name: float (N,)}; pixels: float (N, 1024); labels: int (N,); patients: str (N,);
-    scored: bool (N,). Fitted on the other images, or on other patients where there are no others:
-    never scored where it was fitted.
+    is_scored: bool (N,). Returns one dict for each number, the highest AUROC first.
     """
-    from sklearn.metrics import roc_auc_score
-
-    others = scored if scored.all() else ~scored
-    folds = make_folds(labels, patients) if scored.all() else [(others, scored)]
-    found, rows = [], []
+    # The cut-off is fitted on the other images; if there are none, by cross-validation.
+    if is_scored.all():
+        fitted_on = is_scored  # for the printed cut-off; the scores come from the folds
+        folds = make_folds(labels, patients)
+    else:
+        fitted_on = ~is_scored
+        folds = [(~is_scored, is_scored)]
+    scored = []
     for name, values in numbers.items():
-        if folds and all(np.ptp(values[train]) > 0 for train, _ in folds):  # else it never splits
-            sign, cut = fit_cut(values[others], labels[others])
+        is_constant = [np.ptp(values[train]) == 0 for train, _ in folds]
+        if folds and not any(is_constant):
+            sign, cut = fit_cut(values[fitted_on], labels[fitted_on])
             rule = f"{'>' if sign > 0 else '<='} {cut:.4g}"
-            found.append((name, rule, score_number(values, labels, folds)))
-    border = score_pixels(pixels[:, BORDER], labels, folds)
-    for name, rule, scores in [*found, ("3-pixel border", "linear fit", border)]:
-        right = ((scores > 0) == (labels == 1))[scored]
-        auroc = float(roc_auc_score(labels[scored], scores[scored]))
-        alarm = is_alarming(auroc, labels[scored], patients[scored])
-        row = {"number": name, "rule": rule, "n": len(right), "accuracy": float(right.mean())}
-        rows.append(row | {"auroc": auroc, "alarm": alarm})
+            scored.append((name, rule, score_number(values, labels, folds)))
+    border_scores = score_pixels(pixels[:, BORDER], labels, folds)
+    scored.append(("3-pixel border", "linear fit", border_scores))
+
+    rows = []
+    truth = labels[is_scored]
+    for name, rule, scores in scored:
+        scores = scores[is_scored]
+        accuracy = float(((scores > 0) == (truth == 1)).mean())
+        auroc = float(roc_auc_score(truth, scores))
+        row = {"number": name, "rule": rule, "n": len(truth), "accuracy": accuracy, "auroc": auroc}
+        row["alarm"] = is_alarming(auroc, truth, patients[is_scored])
+        rows.append(row)
     return sorted(rows, key=lambda row: -row["auroc"])
 
 
-def score_shift(numbers, pixels, scored, patients):
-    """{number: AUROC} how well one number tells the images `scored` from the others."""
-    from sklearn.metrics import roc_auc_score
-
-    split, found = scored.astype(int), {}
+def score_shift(numbers, pixels, is_scored, patients):
+    """Scores how well each number separates the scored images from the others, {name: AUROC}."""
+    in_split = is_scored.astype(int)
+    result = {}
     for name, values in numbers.items():
-        auroc = float(roc_auc_score(split, values))
-        found[name] = max(auroc, 1 - auroc)
-    folds = make_folds(split, patients)
+        auroc = float(roc_auc_score(in_split, values))
+        result[name] = max(auroc, 1 - auroc)
+    folds = make_folds(in_split, patients)
     for name, columns in (("3-pixel border", BORDER), ("32x32 pixels", slice(None))):
-        found[name] = float(roc_auc_score(split, score_pixels(pixels[:, columns], split, folds)))
-    return found
+        scores = score_pixels(pixels[:, columns], in_split, folds)
+        result[name] = float(roc_auc_score(in_split, scores))
+    return result
 
 
-def find_properties(report, xrays):
-    """Adds the sizes, modes and formats, {kind: {folder: images}} each; warns of one class's."""
+def find_properties(examined):
+    """Counts sizes, modes and file formats. Warns of a mode or format of one class only.
+
+    Returns (entries of the check's report, errors, warnings). An entry is {property: {folder:
+    number of images}}, the most frequent property first.
+    """
+    entries, warnings = {}, []
     for i, key in enumerate(("sizes", "modes", "formats")):
         counts = {}
-        for xray in xrays:
-            counts.setdefault(xray.properties[i], Counter())[xray.folder] += 1
-        report[key] = dict(sorted(counts.items(), key=lambda row: -row[1].total()))
-    for kind, folders in [*report["modes"].items(), *report["formats"].items()]:
-        # that 8 images of a balanced set are all of one class happens by chance once in 128 times
-        if len({folder.split("/")[1] for folder in folders}) == 1 and folders.total() >= 8:
-            report["warnings"].append(
-                f"shortcut: {folders.total()} {kind} images, all in {' and '.join(folders)}"
-            )
+        for x in examined:
+            counts.setdefault(x.properties[i], Counter())[x.folder] += 1
+        entries[key] = dict(sorted(counts.items(), key=lambda item: -item[1].total()))
+    for name, folders in [*entries["modes"].items(), *entries["formats"].items()]:
+        classes = {folder.split("/")[1] for folder in folders}
+        # By chance, 8 images of a balanced data set have one class once in 128 times.
+        if len(classes) == 1 and folders.total() >= 8:
+            images = f"all {folders.total()} {name} images are in {' and '.join(folders)}"
+            advice = "The network could learn traces of it. Convert all images to one kind"
+            warnings.append(f"shortcut: {images}. {advice}")
+    return entries, [], warnings
 
 
-def find_shortcuts(report, xrays):
-    """Adds what a number tells about the classes, and about the split that is scored."""
-    split, warnings, table = report["scored_on"], report["warnings"], {}
-    names, pixels = xrays[0].numbers, as_pixels(xrays)
-    numbers = {name: np.array([xray.numbers[name] for xray in xrays]) for name in names}
-    labels = np.array([xray.label for xray in xrays])
-    patients = np.array([xray.patient for xray in xrays])
-    scored = np.array([xray.split == split for xray in xrays])
-    rows = report["shortcuts"] = score_shortcuts(numbers, pixels, labels, patients, scored)
-    if found := [row["number"] for row in rows if row["alarm"]]:
-        what = "each alone separates the classes of"
-        warnings.append(f"shortcut: {', '.join(found)}: {what} {split}/")
-    for label, name in enumerate(CLASSES if not scored.all() else ()):
-        here = labels == label
-        of_class = {key: v[here] for key, v in numbers.items() if np.ptp(v) > 0}
-        found = score_shift(of_class, pixels[here], scored[here], patients[here])
-        for key, auroc in found.items():
-            alarm = is_alarming(auroc, scored[here], patients[here])
-            table.setdefault(key, {"number": key})[name] = {"auroc": auroc, "alarm": alarm}
-    report["shift"] = sorted(
-        table.values(), key=lambda row: -max(row[name]["auroc"] for name in CLASSES)
-    )
+def find_shortcuts(examined, scored_on):
+    """Scores how well the numbers predict the class, and which split an image is in.
+
+    examined: list of cxr.check.ExaminedXray; scored_on: the split that is scored.
+    Returns (entries of the check's report, errors, warnings).
+    """
+    # Thumbnails have 96 x 96 pixels. The means of 3 x 3 give 32 x 32.
+    blocks = np.stack([x.thumbnail for x in examined]).reshape(-1, 32, 3, 32, 3)
+    pixels = blocks.mean((2, 4), dtype=np.float32).reshape(-1, 1024)
+    numbers = {}
+    for name in examined[0].numbers:
+        numbers[name] = np.array([x.numbers[name] for x in examined])
+    labels = np.array([x.xray.label for x in examined])
+    patients = np.array([x.patient for x in examined])
+    is_scored = np.array([x.xray.split == scored_on for x in examined])
+
+    warnings, shift = [], []
+    shortcuts = score_shortcuts(numbers, pixels, labels, patients, is_scored)
+    alarms = [row["number"] for row in shortcuts if row["alarm"]]
+    if alarms:
+        warnings.append(
+            f"shortcut: {describe_alarms(alarms)} the classes of {scored_on}/. A network can reach "
+            "a high score in the same way, without seeing the disease. Compare its AUROC with these"
+        )
+    if not is_scored.all():
+        shift = find_shift(numbers, pixels, labels, patients, is_scored)
     for name in CLASSES:
-        if found := [row["number"] for row in report["shift"] if row[name]["alarm"]]:
-            what = f"each alone tells {split}/{name} from the other {name} images"
-            warnings.append(f"shift: {', '.join(found)}: {what}")
+        alarms = [row["number"] for row in shift if row[name]["alarm"]]
+        if alarms:
+            warnings.append(
+                f"shift: {scored_on}/{name} differs from the other {name} images: "
+                f"{describe_alarms(alarms)} them. Report also the cross-validated result (make cv)"
+            )
+    return {"shortcuts": shortcuts, "shift": shift}, [], warnings
+
+
+def describe_alarms(numbers):
+    """Returns a part of a sentence: "the border or the sharpness alone separates"."""
+    return either([f"the {name}" for name in numbers]) + " alone separates"
+
+
+def find_shift(numbers, pixels, labels, patients, is_scored):
+    """Scores how well each number separates the scored images from the others of their class.
+
+    Returns [{number, NORMAL: {auroc, alarm}, PNEUMONIA: {auroc, alarm}}], the highest AUROC first.
+    """
+    rows = {}
+    for label, name in enumerate(CLASSES):
+        of_class = labels == label
+        varying = {key: v[of_class] for key, v in numbers.items() if np.ptp(v) > 0}
+        in_split, patients_of_class = is_scored[of_class], patients[of_class]
+        scored = score_shift(varying, pixels[of_class], in_split, patients_of_class)
+        for number, auroc in scored.items():
+            row = rows.setdefault(number, {"number": number})
+            row[name] = {"auroc": auroc, "alarm": is_alarming(auroc, in_split, patients_of_class)}
+    return sorted(rows.values(), key=lambda row: -max(row[name]["auroc"] for name in CLASSES))

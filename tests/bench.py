@@ -24,12 +24,11 @@ from PIL import Image
 from torch import nn
 from torchvision.models import resnet50
 
-import cxr.decode
-import cxr.patients
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
+import cxr.decode  # noqa: E402
+import cxr.patients  # noqa: E402
 
 WINDOW = 2.0
 
@@ -70,14 +69,15 @@ def plain_epoch(data, batch_size=32):
     network.fc = nn.Linear(2048, 1)
     network.to(device)
     optimizer = torch.optim.Adam(network.fc.parameters(), lr=1e-3)
-    criterion, found = nn.BCEWithLogitsLoss(), cxr.patients.read_split(data, "train", "val")
+    criterion, xrays = nn.BCEWithLogitsLoss(), cxr.patients.read_split(data, "train", "val")
     autocast = torch.autocast(device.type, dtype, dtype != torch.float32)
     start = time.perf_counter()
     for split in ("train", "val"):
         network.train(split == "train")
-        order = torch.randperm(len(found[split])).tolist()
+        of_split = [xray for xray in xrays if xray.split == split]
+        order = torch.randperm(len(of_split)).tolist()
         for first in range(0, len(order), batch_size):
-            images = [found[split][row] for row in order[first : first + batch_size]]
+            images = [of_split[row] for row in order[first : first + batch_size]]
             views = [
                 common.make_view(common.load_image(i.path, WINDOW), int(torch.rand(()) < 0.5), "")
                 for i in images
@@ -154,19 +154,21 @@ def forward(network, batch, n_batches):
 
 def bench_pass(folder):
     """(d): the whole pass against forward-only."""
-    images = cxr.patients.read_split(draw_data(folder, train=250, val=1), "train")["train"]
+    images = cxr.patients.read_split(draw_data(folder, train=250, val=1), "train")
     device, dtype = common.pick_device("auto")
     backbone = common.build_backbone("resnet50")
-    args = argparse.Namespace(no_cache=True, cache_dir=None, batch_size=32, workers=-1)
+    args = argparse.Namespace(
+        no_cache=True, cache_dir=None, batch_size=32, workers=-1, skip_bad=False
+    )
     size = 16 if device.type == "cpu" else args.batch_size
     network = common.prepare_network(backbone.network, device, dtype, compiled=False)
     batch = torch.randn(size, 3, 224, 224).to(device, dtype, memory_format=torch.channels_last)
-    data = images, 2, WINDOW, device, dtype, args
+    options = {"n_views": 2, "window": WINDOW, "device": device, "dtype": dtype}
     forward(network, batch, 8)
     only, whole = [], []
     for _ in range(3):  # in turn, so that a slow minute of the machine hits both
         only.append(seconds(lambda: forward(network, batch, 16)) / (16 * size))
-        passed = seconds(lambda: common.extract_features(backbone, *data))
+        passed = seconds(lambda: common.extract_features(backbone, images, args, **options))
         whole.append(passed / (2 * len(images)))
     only, whole = min(only) * 1e3, min(whole) * 1e3
     report("(d)", "forward only", only, "the whole pass", whole, "ms/view", only / whole)
@@ -228,16 +230,17 @@ def bench_decoding(folder):
 def bench_growth(folder):
     """(f): seconds an image and peak memory of the pass over 1x, 4x and 16x as many images."""
     code = (
-        "import resource, sys, time, torch, common\n"
+        "import resource, sys, time, torch, common, cxr.patients\n"
         "from argparse import Namespace\n"
         "from pathlib import Path\n"
         "device, dtype = common.pick_device('auto')\n"
         "backbone = common.build_backbone('resnet18')\n"
-        "images = common.read_split(sys.argv[1], 'train')['train'][: int(sys.argv[3])]\n"
-        "flags = dict(no_cache=False, cache_dir=Path(sys.argv[2]), batch_size=32, workers=2)\n"
-        "data = images, 1, 2.0, device, dtype, Namespace(**flags)\n"
+        "xrays = cxr.patients.read_split(sys.argv[1], 'train')[: int(sys.argv[3])]\n"
+        "args = Namespace(no_cache=False, cache_dir=Path(sys.argv[2]), batch_size=32, workers=2)\n"
+        "args.skip_bad = False\n"
+        "options = dict(n_views=1, window=2.0, device=device, dtype=dtype)\n"
         "start = time.perf_counter()\n"
-        "features, _ = common.extract_features(backbone, *data)\n"
+        "features, *_ = common.extract_features(backbone, xrays, args, **options)\n"
         "taken = time.perf_counter() - start\n"
         "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         "print(taken, peak, features.nbytes)\n"

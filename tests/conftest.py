@@ -1,4 +1,4 @@
-"""What the tests share: phantoms, a tiny network, runs of the scripts, the reference data."""
+"""Fixtures: phantoms, a tiny network, runs of the scripts, the reference data."""
 
 import contextlib
 import io
@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import time
-import zipfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -17,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 from faults import put
-from helpers import ROOT, SCRIPTS, TINY_FAST, home_flags, make_tree
+from helpers import ROOT, SCRIPTS, TINY, TINY_FAST, home_flags, make_tree, path_flags
 from phantoms import draw_folder, draw_phantom
 from torch import nn
-from torchvision.models._api import register_model  # as a package with models of its own does
+from torchvision.models._api import register_model
 
 import common
 import cxr.bootstrap
@@ -31,7 +30,7 @@ from cxr.patients import read_split
 
 
 class TinyNet(nn.Module):
-    """A classifier of 0.1 ms, with BatchNorm and global average pooling as the large ones have."""
+    """A classifier that takes 0.1 ms; it has BatchNorm and global average pooling."""
 
     def __init__(self, num_classes=1000):
         super().__init__()
@@ -52,10 +51,8 @@ def tinynet(*, weights=None, **kwargs):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fuzz", action="store_true", help="the full campaigns of faults, minutes")
-    parser.addoption(
-        "--fuzz-seed", type=int, help="their seed (default: the time with --fuzz, else 0)"
-    )
+    parser.addoption("--fuzz", action="store_true", help="all cases of the fault tests")
+    parser.addoption("--fuzz-seed", type=int, help="their seed (default: 0; with --fuzz the time)")
 
 
 def pytest_configure(config):
@@ -65,7 +62,7 @@ def pytest_configure(config):
 
 @pytest.fixture
 def say(request):
-    """say(text): what a campaign tried and found, for the end of the page."""
+    """say(text) prints a line after the last test: what a fault test tried."""
     return lambda text: request.node.user_properties.append(("say", text))
 
 
@@ -73,13 +70,13 @@ def pytest_terminal_summary(terminalreporter, config):
     for report in terminalreporter.stats.get("passed", []):
         for _, text in report.user_properties if report.when == "call" else ():
             terminalreporter.write_line(text)
-    what = "the full campaigns" if config.option.fuzz else "a slice of each campaign"
-    terminalreporter.write_line(f"Faults: {what}, --fuzz-seed {config.option.fuzz_seed}")
+    cases = "all cases" if config.option.fuzz else "a sample of the cases"
+    terminalreporter.write_line(f"Faults: {cases}, --fuzz-seed {config.option.fuzz_seed}")
 
 
 @pytest.fixture(scope="session")
 def split_phantoms(tmp_path_factory):
-    """A data folder of 40 train, 24 val and 24 test phantoms, drawn once; not to be changed."""
+    """A data folder of 40 train, 24 val and 24 test phantoms. Tests must not change it."""
     folder = tmp_path_factory.mktemp("phantoms") / "chestxrays"
     draw_folder(folder, train=32, test=12)
     for name in ("NORMAL", "PNEUMONIA"):
@@ -91,46 +88,36 @@ def split_phantoms(tmp_path_factory):
 
 @pytest.fixture
 def data(split_phantoms, tmp_path):
-    """A fresh copy of that folder."""
+    """A copy of split_phantoms that the test may change."""
     return Path(shutil.copytree(split_phantoms, tmp_path / "chestxrays"))
 
 
 @pytest.fixture
 def flags(tmp_path):
-    """flags(data, ...): for train.py and evaluate.py, on a tiny random network."""
-
-    def make(data, *more):
-        paths = ["--data-dir", data, "--checkpoint", tmp_path / "model.pth"]
-        paths += ["--results-dir", tmp_path / "results", "--cache-dir", tmp_path / "cache"]
-        return [str(flag) for flag in (*paths, "--device", "cpu", *more)]
-
-    return make
+    """flags(data, *more): a command line of train.py or evaluate.py with all output in tmp_path."""
+    return lambda data, *more: path_flags(data, tmp_path, tmp_path / "cache", *more)
 
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory):
-    """The reference data, 300 train and 100 test images, extracted once; not to be changed."""
+    """The reference data, 300 train and 100 test images. Tests must not change it."""
     path = Path(os.environ.get("CHESTXRAYS_ZIP", ROOT.parent / "shared" / "chestxrays.zip"))
     if not path.exists():
         pytest.skip(f"no {path}: CHESTXRAYS_ZIP names the zip file of the 400 real X-rays")
     folder = tmp_path_factory.mktemp("reference")
-    with zipfile.ZipFile(path) as archive:
-        archive.extractall(folder)
+    shutil.unpack_archive(path, folder, "zip")
     return folder / "chestxrays"
 
 
 @pytest.fixture
 def xrays(reference, tmp_path):
-    """A fresh copy of the reference data's folder."""
+    """A copy of the reference data that the test may change."""
     return Path(shutil.copytree(reference, tmp_path / "chestxrays"))
-
-
-# ---------------------------------------------------------------- on phantoms
 
 
 @pytest.fixture(scope="session")
 def phantom():
-    """A drawn radiograph; not to be changed."""
+    """A drawn radiograph. Tests must not change it."""
     return draw_phantom(np.random.default_rng(0), True)
 
 
@@ -141,82 +128,80 @@ def backbone():
 
 @pytest.fixture(scope="session")
 def images(split_phantoms):
-    """12 of the phantoms of val/."""
-    return read_split(split_phantoms, "val")["val"][::2]
+    """The Xrays of 12 phantoms of val/."""
+    return read_split(split_phantoms, "val")[::2]
 
 
 @pytest.fixture
 def tree(tmp_path):
-    """A data folder to split, of 12 train and 4 test files a class that need not be images."""
+    """A data folder to split: 12 train and 4 test files of each class, which are not images."""
     return make_tree(tmp_path / "data", 12, 4)
 
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-    """A cache that the trainings share, so that features are computed once."""
+    """A cache that all trainings share, so that features are computed once."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture
 def run_train(split_phantoms, cache, tmp_path):
-    """run_train(*flags): train.main's exit status on the phantoms, with a tiny random network."""
+    """run_train(*flags) trains TinyNet on the phantoms and returns the exit code."""
 
     def call(*flags, data=split_phantoms):
-        paths = {"--checkpoint": tmp_path / "model.pth", "--results-dir": tmp_path / "results"}
-        fixed = {"--arch": "tinynet", "--weights": "random", "--views": 4, "--device": "cpu"}
-        given = paths | fixed | {"--data-dir": data, "--cache-dir": cache}
-        words = [word for pair in given.items() for word in pair]
-        return train.main([str(word) for word in (*words, *flags)])
+        return train.main(path_flags(data, tmp_path, cache, *TINY, "--views", 4, *flags))
 
     return call
 
 
 @pytest.fixture
 def pictures():
-    """Asked for by the tests of pictures; the others draw none, which takes most of a small run."""
+    """A test with this fixture draws pictures in spite of `quick`."""
 
 
 @pytest.fixture
 def quick(request, monkeypatch):
-    """Few draws of the bootstrap: 2000 take seconds, and only their number differs."""
+    """evaluate.py with 40 bootstrap samples instead of 2000, and without pictures."""
     monkeypatch.setattr(cxr.bootstrap, "DRAWS", 40)
     if "pictures" not in request.fixturenames:
-        monkeypatch.setattr(evaluate, "draw_pictures", lambda *_: None)
-        monkeypatch.setattr(evaluate, "draw_worst", lambda *_: None)
-        monkeypatch.setattr(evaluate, "PICTURES", {})
+        draw_nothing(monkeypatch)
+
+
+def draw_nothing(monkeypatch):
+    """Lets evaluate.py draw no picture, which would take most of the time of a small run."""
+    monkeypatch.setattr(evaluate, "draw_pictures", lambda *_: None)
+    monkeypatch.setattr(evaluate, "draw_worst", lambda *_: None)
+    monkeypatch.setattr(evaluate, "PICTURES", {})
 
 
 @pytest.fixture(scope="session")
 def trained(split_phantoms, tmp_path_factory):
-    """The folder of model.pth and model.json, trained once, and of the cache; not to be changed."""
+    """The folder of all files of a training, with the cache. Tests must not change it."""
     folder = tmp_path_factory.mktemp("trained")
-    flags = ["--data-dir", split_phantoms, "--checkpoint", folder / "model.pth"]
-    flags += ["--results-dir", folder, "--cache-dir", folder / "cache", "--device", "cpu"]
-    assert train.main([str(flag) for flag in (*flags, *TINY_FAST)]) == 0
+    flags = ("--results-dir", folder, *TINY_FAST)
+    assert train.main(path_flags(split_phantoms, folder, folder / "cache", *flags)) == 0
     return folder
 
 
 @pytest.fixture(scope="session")
 def scored(split_phantoms, trained, tmp_path_factory):
-    """(results folder, screen) of one whole run, pictures included; not to be changed."""
+    """(results folder, screen) of evaluate.py with all pictures. Tests must not change it."""
     folder, screen = tmp_path_factory.mktemp("scored") / "results", io.StringIO()
-    flags = ["--data-dir", split_phantoms, "--checkpoint", trained / "model.pth"]
-    flags += ["--results-dir", folder, "--cache-dir", trained / "cache", "--device", "cpu"]
+    flags = path_flags(split_phantoms, trained, trained / "cache", "--results-dir", folder)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(screen):
         patch.setattr(cxr.bootstrap, "DRAWS", 40)
-        assert evaluate.main([str(flag) for flag in flags]) == 0
+        assert evaluate.main(flags) == 0
     return folder, screen.getvalue()
 
 
 @pytest.fixture
 def run_evaluate(quick, split_phantoms, trained, tmp_path):
-    """run_evaluate(*flags): evaluate.main's exit status on the phantoms; a later flag wins."""
+    """run_evaluate(*flags) scores the trained model on the phantoms and returns the exit code."""
 
     def call(*flags):
-        fixed = ["--data-dir", split_phantoms, "--checkpoint", trained / "model.pth"]
-        fixed += ["--results-dir", tmp_path / "results", "--cache-dir", trained / "cache"]
+        flags = ("--results-dir", tmp_path / "results", *flags)  # argparse takes the last value
         try:
-            return evaluate.main([str(flag) for flag in (*fixed, "--device", "cpu", *flags)])
+            return evaluate.main(path_flags(split_phantoms, trained, trained / "cache", *flags))
         except SystemExit as stop:  # argparse
             return stop.code
 
@@ -225,10 +210,7 @@ def run_evaluate(quick, split_phantoms, trained, tmp_path):
 
 @pytest.fixture
 def rescore(quick):
-    """rescore(source, *flags): evaluate.main --from source, into the folder `again` beside it.
-
-    Gives (exit status, that folder).
-    """
+    """rescore(source, *flags) runs evaluate.py --from. Returns (exit code, results folder)."""
 
     def call(source, *flags):
         folder = source.parent / "again"
@@ -240,13 +222,13 @@ def rescore(quick):
 
 @pytest.fixture
 def remake(trained, tmp_path):
-    """remake(state, **about): the trained model with other tensors or another model.json."""
+    """remake(state, **info) copies the trained model with other tensors or another model.json."""
 
-    def make(state=None, **about):
+    def make(state=None, **info):
         path = tmp_path / "model.pth"
         torch.save(torch.load(trained / "model.pth") | (state or {}), path)
-        known = read_json(trained / "model.json") | {"sha256": hash_file(path)} | about
-        write_json(path.with_suffix(".json"), known)
+        info = read_json(trained / "model.json") | {"sha256": hash_file(path)} | info
+        write_json(path.with_suffix(".json"), info)
         return path
 
     return make
@@ -257,34 +239,29 @@ def remake(trained, tmp_path):
 
 @pytest.fixture
 def fuzz(request):
-    """fuzz.count(slice, full); fuzz.rng, of the seed and the test's name."""
-    on, seed = request.config.option.fuzz, request.config.option.fuzz_seed
-    rng = random.Random(f"{seed} {request.node.name}")
-    return Namespace(count=lambda small, full: full if on else small, rng=rng)
+    """fuzz.count(few, many): the number of cases; fuzz.rng: seeded by --fuzz-seed and the test."""
+    option = request.config.option
+    rng = random.Random(f"{option.fuzz_seed} {request.node.name}")
+    return Namespace(count=lambda few, many: many if option.fuzz else few, rng=rng)
 
 
 @pytest.fixture
 def plain(monkeypatch):
-    """Neither pictures nor what differs between two runs: see faults.plain."""
+    """Scripts that write the same bytes in every run (see faults.plain), without pictures."""
     faults.plain(monkeypatch.setattr)
-    for script, name in (
-        (train, "draw_curves"),
-        (train, "draw_samples"),
-        (evaluate, "draw_pictures"),
-        (evaluate, "draw_worst"),
-    ):
-        monkeypatch.setattr(script, name, lambda *_: None)
-    monkeypatch.setattr(evaluate, "PICTURES", {})
+    draw_nothing(monkeypatch)
+    monkeypatch.setattr(train, "draw_curves", lambda *_: None)
+    monkeypatch.setattr(train, "draw_samples", lambda *_: None)
 
 
 @pytest.fixture(scope="session")
 def trained_home(tmp_path_factory):
-    """A folder with data (8 train, 4 val, 6 test images a class), model, results and cache."""
+    """A folder with data (8 train, 4 val, 6 test images per class), model, results and cache."""
     home = tmp_path_factory.mktemp("faults") / "home"
     draw_folder(home / "data", train=12, test=6, size=96)
     for path in sorted(home.glob("data/train/*/*")):
         if int(re.search(r"\d+", path.name)[0]) >= 8:
-            put(home / "data" / "val" / path.parent.name / path.name, path.read_bytes())
+            put(home / "data/val" / path.parent.name / path.name, path.read_bytes())
             path.unlink()
     with pytest.MonkeyPatch.context() as patch:
         faults.plain(patch.setattr)
@@ -295,13 +272,13 @@ def trained_home(tmp_path_factory):
 
 @pytest.fixture
 def home(plain, trained_home, tmp_path):
-    """A fresh copy of it."""
+    """A copy of trained_home that the test may change."""
     return Path(shutil.copytree(trained_home, tmp_path / "home"))
 
 
 @pytest.fixture
 def run_script(home, capsys):
-    """run_script(script, *flags): (exit status, lines of stderr but for warnings), in `home`."""
+    """run_script(script, *flags) returns the exit code and the lines of stderr, no warnings."""
 
     def call(script, *more):
         capsys.readouterr()
@@ -317,7 +294,7 @@ def run_script(home, capsys):
 
 @pytest.fixture
 def refused(run_script):
-    """refused(status, script, *flags): the one line of stderr, after that exit status."""
+    """refused(status, script, *flags) checks the exit code and returns the one line of stderr."""
 
     def call(expected, script, *more):
         status, lines = run_script(script, *more)
@@ -329,7 +306,7 @@ def refused(run_script):
 
 @pytest.fixture(scope="session")
 def server():
-    """What faults.start() forks: it imports everything while the first test draws its data."""
+    """Starts the server of faults.start, which imports everything during the first test."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
         faults.start(os.devnull, "train", ["--help"])
@@ -337,7 +314,7 @@ def server():
 
 @pytest.fixture
 def start(server, home, tmp_path):
-    """start(script, flags, prepare, *args): a process, see faults.start; its log is `log`."""
+    """start(script, flags, prepare, *args) starts a process that prints to tmp_path/log."""
     children = []
 
     def call(script, more, prepare=None, *args):

@@ -1,4 +1,4 @@
-"""What the tests of faults share: damaged bytes, hostile files, odd folders, processes to kill."""
+"""Faults for the tests: damaged bytes, hostile files, odd folders, and processes to kill."""
 
 import builtins
 import contextlib
@@ -24,14 +24,12 @@ from PIL import Image
 
 import common
 import cxr.bootstrap
-import evaluate  # noqa: F401  the processes start with all of it imported
+import evaluate  # noqa: F401  so that a forked process has imported everything
 import train  # noqa: F401
-
-# ---------------------------------------------------------------- damage
 
 
 def damage(rng, data):
-    """(what was done, the bytes after it), another content than before."""
+    """Damages bytes at random. Returns (a description of the damage, the changed bytes)."""
     while True:
         at, changed = rng.randrange(len(data)), bytearray(data)
         kind = rng.choice(("flip", "random", "zero", "truncate", "splice"))
@@ -52,48 +50,48 @@ def damage(rng, data):
 
 
 def files(folder):
-    """{relative path: content} of the files, without what a killed process left behind."""
+    """Returns {relative path: content} of all files, except those a killed process left behind."""
     paths = [path for path in Path(folder).rglob("*") if path.is_file() and path.suffix != ".tmp"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def listing(folder):
-    """{path: what stands there}: all that a user could find changed."""
-    found = {}
+    """Returns {path: mode, target of a link, content and time} of everything below `folder`."""
+    entries = {}
     for path in sorted(Path(folder).rglob("*")):
         state = path.lstat()
-        found[str(path)] = state.st_mode, os.readlink(path) if path.is_symlink() else None
+        entries[str(path)] = state.st_mode, os.readlink(path) if path.is_symlink() else None
         if stat.S_ISREG(state.st_mode):
-            found[str(path)] += path.read_bytes(), state.st_mtime_ns
-    return found
+            entries[str(path)] += path.read_bytes(), state.st_mtime_ns
+    return entries
 
 
 @contextlib.contextmanager
 def within(seconds):
-    """An AssertionError where the body takes longer: a hang is a fault, too."""
+    """Raises AssertionError if the block takes longer, for example because it hangs."""
 
-    def late(*_):
+    def on_alarm(*_):
         raise AssertionError(f"not finished within {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, late)
+    previous = signal.signal(signal.SIGALRM, on_alarm)
     signal.alarm(seconds)
     try:
         yield
     finally:
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def columns(table):
-    """The first 4 columns of a predictions.csv: all that a model without model.json gives."""
+    """Returns the first 4 columns of a predictions.csv, those that need no model.json."""
     return [line.split(b",")[:4] for line in table.splitlines()]
 
 
 class Steps:
-    """Counts how often a file below `folder` is opened to write, written, synced and renamed.
+    """Counts how often a file below `folder` is opened for writing, written, synced or renamed.
 
-    The k-th time, in the middle of a write, comes SIGKILL or the OSError of that number first.
-    patch: setattr, or monkeypatch's.
+    At step k the process is killed (number: SIGKILL), or an OSError with this number is raised;
+    half of the bytes of a write are then written. patch: setattr, or that of monkeypatch.
     """
 
     def __init__(self, patch, folder, k=0, number=signal.SIGKILL):
@@ -107,15 +105,15 @@ class Steps:
                 return super().write(block)
 
         def open_(path, mode="r", *args, **options):
-            ours = str(path).startswith(str(folder)) and "opener" not in options  # tempfile's
-            if not ours or not set(mode) & set("wax"):
+            is_ours = str(path).startswith(str(folder)) and "opener" not in options  # of tempfile
+            if not is_ours or not set(mode) & set("wax"):
                 return true_open(path, mode, *args, **options)
             steps.step()
             file = io.BufferedWriter(Raw(path, mode.replace("b", "")))
             return file if "b" in mode else io.TextIOWrapper(file, **options)
 
         def fsync(file):
-            if not stat.S_ISDIR(os.fstat(file).st_mode):  # that one may fail
+            if not stat.S_ISDIR(os.fstat(file).st_mode):  # syncing a folder may fail
                 steps.step()
             true_fsync(file)
 
@@ -124,7 +122,7 @@ class Steps:
             true_replace(*paths)
 
         patch(builtins, "open", open_)
-        patch(io, "open", open_)  # of pathlib
+        patch(io, "open", open_)  # used by pathlib
         patch(os, "fsync", fsync)
         patch(os, "replace", replace)
 
@@ -141,16 +139,16 @@ class Steps:
 
 
 def plain(patch):
-    """Scripts that write the same bytes each time, without long statistics and drawing."""
+    """Makes the scripts write the same bytes in every run, with few bootstrap samples."""
     patch(Figure, "savefig", lambda figure, file, **_: file.write(b"a picture"))
     patch(cxr.bootstrap, "DRAWS", 9)
     patch(time, "strftime", lambda *_: "today")
 
 
 def start(log, script, argv, prepare=None, *args):
-    """A process of its own session that calls prepare(*args) and runs a script; output in `log`.
+    """Starts a process, in its own session, that calls prepare(*args) and then runs a script.
 
-    A server forks it that has imported everything: that takes 10 ms.
+    It prints to the file `log`. A server that has imported everything forks it, in 10 ms.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["conftest", "faults"])
@@ -160,9 +158,10 @@ def start(log, script, argv, prepare=None, *args):
 
 
 def work(log, script, argv, prepare, *args):
+    """Runs in the new process: see start."""
     os.setsid()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    multiprocessing.set_start_method("fork", force=True)  # of its own decoding processes
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job would ignore it
+    multiprocessing.set_start_method("fork", force=True)  # of the processes that decode images
     file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -185,6 +184,7 @@ def limit_files(size):
 
 
 def slow_down():
+    """Makes the pass through the network slow, and prints "in the pass" during it."""
     normalize = common.NORMALIZE
 
     def slow(pixels):
@@ -203,28 +203,29 @@ def wait_for(text, log, seconds=60):
 
 
 def wait_for_end(session, seconds=8):
-    """Until no process of the session is alive."""
+    """Waits until no process of the session is alive."""
     deadline = time.time() + seconds
     while living(session):
-        assert time.time() < deadline, f"{living(session)} live on"
+        assert time.time() < deadline, f"{living(session)} are alive"
         time.sleep(0.02)
 
 
 def living(session):
-    found = []
+    """Returns the ids of the processes of a session, except those that ended (zombies)."""
+    ids = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             state, _, _, leader = path.read_text().rpartition(")")[2].split()[:4]
             if int(leader) == session and state != "Z":
-                found.append(path.parent.name)
-    return found
+                ids.append(path.parent.name)
+    return ids
 
 
 # ---------------------------------------------------------------- checkpoints
 
 
 class Touch:
-    """Unpickled, it makes a file: the proof that code of a checkpoint was run."""
+    """Creates a file when it is unpickled: the proof that code in a checkpoint was executed."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -240,10 +241,10 @@ def saved(content, **options):
 
 
 def hostile(path):
-    """{name: content} of files that make `path` if anything unpickles them carelessly."""
+    """Returns {name: content} of checkpoints that create the file `path` if they are unpickled."""
     touch, tar = Touch(path), io.BytesIO()
     code = b"cos\nsystem\n(S'touch %s'\ntR." % str(path).encode()
-    with tarfile.open(fileobj=tar, mode="w") as archive:  # the oldest format
+    with tarfile.open(fileobj=tar, mode="w") as archive:  # torch's oldest format
         for name in ("sys_info", "storages", "tensors", "pickle"):
             info = tarfile.TarInfo(name)
             info.size = len(code)
@@ -259,7 +260,7 @@ def hostile(path):
 
 
 def absurd(state):
-    """{name: what to save} of things that are no checkpoint of the network with this state."""
+    """Returns {name: object to save} of checkpoints that do not fit the network of this state."""
     conv, bias = state["conv.weight"], state["fc.bias"]
     return {
         "nan": state | {"fc.weight": state["fc.weight"] * float("nan")},
@@ -286,67 +287,69 @@ def absurd(state):
 # ---------------------------------------------------------------- images and folders
 
 
+def encoded(image, form="png", **options):
+    """Returns the content of an image file."""
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
 def picture(mode="L", size=(90, 90), form="png", **options):
-    """The content of a picture file of noise."""
-    pixels, buffer = np.random.default_rng(0).integers(0, 256, size[::-1], np.uint8), io.BytesIO()
+    """Returns the content of an image file with noise."""
+    pixels = np.random.default_rng(0).integers(0, 256, size[::-1], np.uint8)
     kinds = {"I;16": np.uint16, "F": np.float32}
     image = Image.fromarray(pixels.astype(kinds.get(mode, np.uint8)))
-    (image if mode in kinds else image.convert(mode)).save(buffer, form, **options)
-    return buffer.getvalue()
+    return encoded(image if mode in kinds else image.convert(mode), form, **options)
 
 
 def black(size, mode="1", form="png", colour=0):
-    buffer = io.BytesIO()
-    Image.new(mode, size, colour).save(buffer, form)
-    return buffer.getvalue()
+    return encoded(Image.new(mode, size, colour), form)
 
 
 def hidden():
-    """A black picture whose alpha channel is the radiograph."""
-    image, buffer = Image.new("LA", (256, 256)), io.BytesIO()
+    """Returns a black PNG whose picture is in its alpha channel."""
+    image = Image.new("LA", (256, 256))
     image.putalpha(Image.radial_gradient("L"))
-    image.save(buffer, "png")
-    return buffer.getvalue()
+    return encoded(image)
 
 
 def pages():
-    buffer, page = io.BytesIO(), Image.radial_gradient("L")
-    page.save(buffer, "tiff", save_all=True, append_images=[page])
-    return buffer.getvalue()
+    """Returns a TIFF of two pictures."""
+    page = Image.radial_gradient("L")
+    return encoded(page, "tiff", save_all=True, append_images=[page])
 
 
 def png_of_16_bits(colour_type, size=256):
-    """A PNG of 16 bits a channel (2: RGB, 4: grey and alpha), which Pillow cannot write."""
+    """Returns a PNG with 16 bits per channel. colour_type: 2 for RGB, 4 for grey and alpha."""
     channels = {2: 3, 4: 2}[colour_type]
     pixels = np.tile(np.arange(size, dtype=">u2")[None, :, None] * 16, (size, 1, channels))
     lines = b"".join(b"\0" + row.tobytes() for row in pixels)
     header = struct.pack(">IIBBBBB", size, size, 16, colour_type, 0, 0, 0)
-    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in chunks
-    )
+    content = b"\x89PNG\r\n\x1a\n"
+    for chunk in (b"IHDR" + header, b"IDAT" + zlib.compress(lines), b"IEND"):
+        content += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return content
 
 
-# name: (the file's name, its content or what it is a link to, why it cannot be read)
+# name: (file name, content or target of a link, words of the reason)
 BAD_IMAGES = {
     "empty": ("x.jpeg", b"", "the file is empty"),
     "web page": ("x.jpeg", b" <!DOCTYPE html><p>Sign in", "a web page"),
     "LFS pointer": ("x.jpeg", b"version https://git-lfs.github.com/spec/v1\n", "git-LFS pointer"),
-    "text": ("x.png", b"PNG it is not", "no image"),
-    "GIF": ("x.png", picture(form="gif"), "no image"),
+    "text": ("x.png", b"PNG it is not", "not an image"),
+    "GIF": ("x.png", picture(form="gif"), "not an image"),
     "one byte short": ("x.jpeg", picture(form="jpeg")[:-1], "truncated"),
     "half a JPEG": ("x.jpeg", picture(form="jpeg", size=(300, 300))[:9000], "truncated"),
     "half a PNG": ("x.png", picture()[:4000], "truncated"),
     "two colours": ("x.png", picture("1"), "two colours"),
-    "bomb": ("x.png", black((9000, 9000)), "pixels, more than"),
+    "bomb": ("x.png", black((9000, 9000)), "9000x9000 pixels, expected at most"),
     "larger bomb": ("x.png", black((14000, 14000)), "pixels"),
-    "thread": ("x.png", picture(size=(3000, 1)), "no radiograph's shape"),
-    "one grey level": ("x.png", black((90, 90), "L"), "one single grey level"),
-    "picture in the alpha channel": ("x.png", hidden(), "one single grey level"),
+    "thread": ("x.png", picture(size=(3000, 1)), "3000x1 pixels, which is not the shape"),
+    "one grey level": ("x.png", black((90, 90), "L"), "the same grey level"),
+    "picture in the alpha channel": ("x.png", hidden(), "the same grey level"),
     "several pages": ("x.tiff", pages(), "2 pictures in one file"),
-    "16 bits in colour": ("x.png", png_of_16_bits(2), "16 bits a channel"),
-    "16 bits and alpha": ("x.png", png_of_16_bits(4), "16 bits a channel"),
+    "16 bits in colour": ("x.png", png_of_16_bits(2), "16 bits per channel"),
+    "16 bits and alpha": ("x.png", png_of_16_bits(4), "16 bits per channel"),
     "not finite": ("x.tiff", black((90, 90), "F", "tiff", float("nan")), "not finite"),
     "dangling link": ("x.jpeg", "nowhere", "No such file"),
     "link to itself": ("x.jpeg", "x.jpeg", "symbolic links"),
@@ -354,16 +357,18 @@ BAD_IMAGES = {
 
 
 def put(path, content):
+    """Writes a file, or a link if content is a str."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.symlink_to(content) if isinstance(content, str) else path.write_bytes(content)
 
 
 def first(split, name="NORMAL"):
+    """Returns the first image of a class of a split."""
     return sorted((split / name).iterdir())[0]
 
 
 def add_all_that_may_be(split):
-    """Files that do not count, and images of all kinds; returns how many images these are."""
+    """Adds files that do not count, and images of all kinds. Returns the number of images."""
     normal, image = split / "NORMAL", first(split)
     for folder in (split, normal, split / "PNEUMONIA"):
         for name in (".DS_Store", "Thumbs.db", "x.jpeg.part", "._x.jpeg", ".x.png", "notes.txt"):
@@ -396,7 +401,7 @@ def renamed(old, new):
 
 
 def linked(name):
-    """The folder `name` of a split, or the split itself, is a link to where it lies."""
+    """Replaces a class folder, or the split itself (name: ""), by a link to it."""
 
     def change(split):
         away = (split / name).rename(split.parent / f"{split.name}-away")
@@ -406,7 +411,7 @@ def linked(name):
 
 
 def without(name, instead=None):
-    """A split with the folder `name` gone; a file, link or empty folder may be there instead."""
+    """Removes a class folder or the split; `instead`: empty, the content of a file, or a link."""
 
     def change(split):
         shutil.rmtree(split / name)
@@ -419,7 +424,7 @@ def without(name, instead=None):
 
 
 def copied(source, target):
-    """A split with a copy of the first image of the class `source`."""
+    """Adds a copy of the first image of the class `source`."""
     return lambda split: put(split / target, first(split, source).read_bytes())
 
 
@@ -428,7 +433,7 @@ def only_gifs(split):
         path.rename(path.with_suffix(".gif"))
 
 
-# name: (what is done to the folder of a split, what is said)
+# name: (the change of the folder of a split, words of the message)
 BAD_FOLDERS = {
     "an archive's leftovers": (copied("NORMAL", "__MACOSX/._x.jpeg"), "__MACOSX: expected only"),
     "a hidden folder": (copied("NORMAL", ".cache/x.jpeg"), ".cache: expected only"),
@@ -440,11 +445,11 @@ BAD_FOLDERS = {
     "a class missing": (without("NORMAL"), "NORMAL: no such folder"),
     "a class that is a file": (without("NORMAL", b""), "NORMAL: no such folder"),
     "a class empty": (without("NORMAL", "empty"), "an empty folder"),
-    "a class linked to the other": (without("NORMAL", "PNEUMONIA"), "found a link"),
+    "a class linked to the other": (without("NORMAL", "PNEUMONIA"), "NORMAL: found a link"),
     "a class that links to itself": (without("NORMAL", "NORMAL"), "NORMAL: no such folder"),
     "a class without images": (only_gifs, "only .gif"),
-    "a linked class": (linked("NORMAL"), "found a link"),
-    "a linked split": (linked(""), "found a link"),
+    "a linked class": (linked("NORMAL"), "NORMAL: found a link"),
+    "a linked split": (linked(""), "NORMAL: found a link"),
     "a split missing": (without(""), "no such folder"),
     "a split that is a file": (without("", b""), "no such folder"),
     "an image in both classes": (copied("PNEUMONIA", "NORMAL/x.jpeg"), "the same file"),

@@ -1,8 +1,9 @@
-"""What tests of several modules share: running a script, reading its files, making data."""
+"""Functions for tests of several modules: run a script, read its files, make data."""
 
 import csv
 import io
 import json
+import re
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -35,7 +36,20 @@ TINY_FAST = *TINY, "--lr", "0.1"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
-# ---------------------------------------------------------------- what a script wrote
+def path_flags(data, folder, cache, *more):
+    """Returns a command line of train.py or evaluate.py; all files except the cache in `folder`."""
+    flags = ["--data-dir", data, "--checkpoint", folder / "model.pth", "--cache-dir", cache]
+    flags += ["--results-dir", folder / "results", "--device", "cpu"]
+    return [str(flag) for flag in (*flags, *more)]
+
+
+def home_flags(script, home, *more):
+    """Returns a command line of a script with the data and all output in `home`."""
+    if script == "split_val":
+        return [str(flag) for flag in ("--data-dir", home / "data", *more)]
+    if script == "train":
+        more = (*TINY, "--epochs", 3, *more)
+    return path_flags(home / "data", home, home / "cache", "--workers", 0, *more)
 
 
 def read_report(folder):
@@ -57,17 +71,18 @@ def read_about(tmp_path):
     return json.loads((tmp_path / "model.json").read_text())
 
 
-# ---------------------------------------------------------------- evaluate.py
+# ---------------------------------------------------------------- predictions and features
 
 
-def keep(data, count):
-    """Removes all test images but `count` of each class."""
+def keep(data, count, split="test"):
+    """Deletes all images of a split except the first `count` of each class."""
     for name in CLASSES:
-        for path in list_images(data / "test" / name)[count:]:
+        for path in list_images(data / split / name)[count:]:
             path.unlink()
 
 
 def write_rows(path, labels, probs, names=None):
+    """Writes a predictions.csv of these labels and probabilities, and returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     names = names or [f"test/{i}.png" for i in range(len(labels))]
     rows = zip(names, labels, map(float, probs), strict=True)
@@ -77,7 +92,7 @@ def write_rows(path, labels, probs, names=None):
 
 
 def plain_network(path):
-    """The checkpoint in plain torch: torchvision's network with one output, in eval mode."""
+    """Loads a checkpoint without our code: torchvision's network with one output."""
     network = get_model("tinynet")
     network.fc = nn.Linear(network.fc.in_features, 1)
     network.load_state_dict(torch.load(path), strict=True)
@@ -85,43 +100,39 @@ def plain_network(path):
 
 
 def plain_pixels(path):
-    """What the network sees of an image file, written out: the window, then ImageNet's scale."""
+    """Prepares an image file without our code: resize, window, ImageNet's mean and std."""
     grey = Image.open(path).convert("L").resize((224, 224), Image.Resampling.BILINEAR)
     pixels = np.array(ImageOps.autocontrast(grey, cutoff=2).convert("RGB"))
-    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (common.MEAN, common.STD))
+    mean, std = torch.tensor([common.MEAN, common.STD]).view(2, 3, 1, 1)
     return ((torch.from_numpy(pixels).permute(2, 0, 1) / 255 - mean) / std)[None]
 
 
-# ---------------------------------------------------------------- features
-
-
-def extract(backbone, images, n_views, cache=None, dtype=torch.float32, window=2.0, **flags):
+def extract(backbone, xrays, n_views, cache=None, dtype=torch.float32, window=2.0, **flags):
+    """Returns what common.extract_features does on the CPU. flags: other values than these."""
     args = {"cache_dir": cache, "no_cache": cache is None, "batch_size": 4, "workers": 0}
-    device = torch.device("cpu")
-    args = Namespace(**(args | flags))
-    return common.extract_features(backbone, images, n_views, window, device, dtype, args)
+    args = Namespace(**{"skip_bad": False, **args, **flags})
+    options = {"n_views": n_views, "window": window, "device": torch.device("cpu"), "dtype": dtype}
+    return common.extract_features(backbone, xrays, args, **options)
 
 
 def computed(capsys):
-    """The number of images that the passes since the last call computed."""
-    lines = capsys.readouterr().out.splitlines()
-    return sum(int(line.split()[1]) for line in lines if "images computed" in line)
+    """Returns how many images the network processed since the last call."""
+    return sum(map(int, re.findall(r"computed (\d+) images", capsys.readouterr().out)))
 
 
 # ---------------------------------------------------------------- data folders and split_val.py
 
 
 def make_tree(root, train, test=0):
-    """A data folder of files that need not be images: nothing but --check decodes them."""
-    for split, count in (("train", train), ("test", test))[: 1 + (test > 0)]:
-        for label, name in enumerate(CLASSES):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                patient = 3 * (i // 4) + min(i % 4, 2)  # of four images two are of one patient
-                patient += 10000 * (split == "test")
-                virus, normal = f"person{patient}_virus_{i}.jpeg", f"IM-{patient:04d}-{i:04d}.jpeg"
-                (folder / (virus if label else normal)).write_bytes(f"{split} {name} {i}".encode())
+    """Makes a data folder of files that are not images; only --check would decode them."""
+    for split, count in (("train", train), ("test", test)):
+        for i in range(count):
+            patient = 3 * (i // 4) + min(i % 4, 2)  # two of four images show one patient
+            patient += 10000 * (split == "test")
+            for name in (f"IM-{patient:04d}-{i:04d}.jpeg", f"person{patient}_virus_{i}.jpeg"):
+                path = root / split / CLASSES[name[0] == "p"] / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(f"{split} {path.parent.name} {i}".encode())
     return root
 
 
@@ -130,7 +141,7 @@ def run_split(folder, *flags):
 
 
 def snapshot(folder):
-    """{relative path: content, None for a folder} of everything below `folder`."""
+    """Returns {relative path: content, None for a folder} of everything below `folder`."""
     paths = sorted(Path(folder).rglob("*"))
     return {
         path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
@@ -147,7 +158,7 @@ def sizes(folder, split="val"):
 
 
 def split_refused(folder, capsys, *flags):
-    """The one line on stderr of a run that exits 2 and leaves everything as it was."""
+    """Runs split_val.py, checks that it exits 2 and changes no file; returns its line on stderr."""
     before = snapshot(folder)
     capsys.readouterr()
     assert run_split(folder, *flags) == 2
@@ -158,22 +169,9 @@ def split_refused(folder, capsys, *flags):
 
 
 def with_table(data, text):
+    """Writes metadata.csv and returns the command line of split_val.py --check."""
     (data / "metadata.csv").write_text(text)
     return ["--data-dir", str(data), "--check"]
-
-
-# ---------------------------------------------------------------- faults
-
-
-def home_flags(script, home, *more):
-    """A command line on home/data with every output in `home`."""
-    argv = ["--data-dir", home / "data"]
-    if script != "split_val":
-        argv += ["--checkpoint", home / "model.pth", "--results-dir", home / "results"]
-        argv += ["--cache-dir", home / "cache", "--device", "cpu", "--workers", 0]
-    if script == "train":
-        argv += ["--arch", "tinynet", "--weights", "random", "--views", 2, "--epochs", 3]
-    return [str(part) for part in (*argv, *more)]
 
 
 # ---------------------------------------------------------------- images
@@ -194,11 +192,11 @@ def shifted(image, x, y):
     return Image.fromarray(pixels[8 + y : 232 + y, 8 + x : 232 + x])
 
 
-LEVELS = np.tile(np.arange(256, dtype=np.uint16) * 16, (256, 1))  # a ramp of 12 bits
+LEVELS = np.tile(np.arange(256, dtype=np.uint16) * 16, (256, 1))  # a 12-bit ramp
 
 
 def write_dicom(path, pixels, syntax=ExplicitVRLittleEndian, encoded=None, **tags):
-    """A radiograph in DICOM; pixels: uint8, uint16 or int16 (H, W); tags: what differs."""
+    """Writes a DICOM radiograph. pixels: uint8, uint16 or int16 (H, W); tags: other values."""
     meta = pydicom.dataset.FileMetaDataset()
     meta.MediaStorageSOPClassUID = ComputedRadiographyImageStorage
     meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
@@ -226,7 +224,10 @@ def write_dicom(path, pixels, syntax=ExplicitVRLittleEndian, encoded=None, **tag
 
 
 def draw_dicoms(root, patients, table=False):
-    """train/ and test/ of so many patients a class, two films each, their names telling nothing."""
+    """Draws two films of each of `patients` patients per class in train/, half as many in test/.
+
+    table: metadata.csv names the patients, not the DICOM files. Returns {file name: patient}.
+    """
     rng, rows = np.random.default_rng(0), []
     for split, start, count in (("train", 0, patients), ("test", 500, patients // 2)):
         for label, name in enumerate(CLASSES):

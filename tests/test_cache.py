@@ -3,7 +3,7 @@
 import shutil
 
 import faults
-import numpy as np
+import pytest
 import torch
 from faults import damage, picture
 from helpers import computed, extract, home_flags
@@ -15,124 +15,106 @@ from cxr.files import hash_file
 from cxr.patients import Xray
 
 
-def test_the_cache_gives_back_what_was_computed_and_only_the_missing_is_computed(
+def test_only_missing_features_are_computed_and_a_moved_image_has_them(
     backbone, images, tmp_path, capsys
 ):
-    first, _ = extract(backbone, images[:8], 2, tmp_path)
+    first, *_ = extract(backbone, images[:8], 2, tmp_path)
     assert computed(capsys) == 8
-    again, _ = extract(backbone, images, 2, tmp_path)
-    assert computed(capsys) == 4 and torch.equal(again[:8], first)
-    fewer, _ = extract(backbone, images, 1, tmp_path)
-    assert computed(capsys) == 0 and torch.equal(fewer, again[:, :1])
-    more, _ = extract(backbone, images, 3, tmp_path)
-    assert computed(capsys) == 12 and torch.equal(more[:, :2], again)
-    without, _ = extract(backbone, images, 3)
-    assert torch.equal(without, more)
-
-
-def test_a_moved_image_costs_nothing(backbone, images, tmp_path, capsys):
-    extract(backbone, images, 1, tmp_path / "cache")
-    computed(capsys)
-    moved = tmp_path / "elsewhere.jpeg"
+    all_images, *_ = extract(backbone, images, 2, tmp_path)
+    assert computed(capsys) == 4 and torch.equal(all_images[:8], first)
+    fewer, *_ = extract(backbone, images, 1, tmp_path)
+    assert computed(capsys) == 0 and torch.equal(fewer, all_images[:, :1])
+    more, *_ = extract(backbone, images, 3, tmp_path)
+    assert computed(capsys) == 12 and torch.equal(more[:, :2], all_images)
+    without_cache, *_ = extract(backbone, images, 3)
+    assert computed(capsys) == 12 and torch.equal(without_cache, more)
+    moved = tmp_path / "moved.jpeg"
     moved.write_bytes(images[3].path.read_bytes())
-    extract(backbone, [Xray(moved, 1, images[3].sha256)], 1, tmp_path / "cache")
+    extract(backbone, [Xray(moved, 1, images[3].sha256)], 1, tmp_path)
     assert computed(capsys) == 0
 
 
-def test_other_weights_precision_window_or_transforms_never_reuse_a_vector(
-    backbone, images, tmp_path, monkeypatch, capsys
-):
-    changed = common.build_backbone("tinynet")
-    changed.network.conv.weight.data[0, 0, 0, 0] += 0.001
-    settings = common.build_backbone("tinynet")
-    settings.network.bn.eps = 0.1
-    extract(backbone, images[:2], 1, tmp_path)
-    computed(capsys)
-    for other, flags in (
-        (changed, {}),
-        (settings, {}),
-        (backbone, {"dtype": torch.bfloat16}),
-        (backbone, {"window": 1.0}),
-    ):
-        extract(other, images[:2], 1, tmp_path, **flags)
-        assert computed(capsys) == 2
-    for name in ("PREPARE", "AUGMENT", "NORMALIZE"):
-        with monkeypatch.context() as patch:
-            patch.setattr(common, name, transforms.Compose([getattr(common, name)]))
-            extract(common.build_backbone("tinynet"), images[:2], 1, tmp_path)
-            assert computed(capsys) == 2
-    extract(backbone, images[:2], 1, tmp_path)
-    assert computed(capsys) == 0
+@pytest.fixture
+def count_computed(backbone, images, tmp_path, capsys):
+    """count_computed(backbone, **flags): how many of two images are computed again."""
+
+    def count(network, **flags):
+        extract(network, images[:2], 1, tmp_path, **flags)
+        return computed(capsys)
+
+    assert count(backbone) == 2 and count(backbone) == 0
+    yield count
+    assert count(backbone) == 0
 
 
-def test_a_damaged_file_of_the_cache_is_computed_again_and_said(
-    backbone, images, tmp_path, capsys, request
-):
-    first, _ = extract(backbone, images[:1], 2, tmp_path)
-    (path,) = tmp_path.glob("*/*.npz")
-    whole = path.read_bytes()
-    rng = np.random.default_rng(request.config.option.fuzz_seed)
-    count = len(whole) if request.config.option.fuzz else 40
-    for at in rng.choice(len(whole), count, replace=False):
-        damaged = bytearray(whole)
-        damaged[at] ^= 1 << rng.integers(8)
-        path.write_bytes(damaged)
-        capsys.readouterr()
-        again, _ = extract(backbone, images[:1], 2, tmp_path)
-        assert torch.equal(again, first)
-    for content in (b"", whole[:100], b"no zip"):
-        path.write_bytes(content)
-        again, _ = extract(backbone, images[:1], 2, tmp_path)
-        assert torch.equal(again, first) and "computed again" in capsys.readouterr().err
-        assert path.read_bytes() == whole
+@pytest.mark.parametrize("flags", [{"dtype": torch.bfloat16}, {"window": 1.0}])
+def test_another_precision_or_window_computes_again(count_computed, backbone, flags):
+    assert count_computed(backbone, **flags) == 2
 
 
-def test_an_image_that_changes_after_it_was_hashed_is_never_kept(backbone, images, tmp_path):
-    path = tmp_path / "a.jpeg"
-    path.write_bytes(images[0].path.read_bytes())
-    image = Xray(path, 0, images[1].sha256)
-    _, bad = extract(backbone, [image, images[2]], 1, tmp_path / "cache")
-    assert list(bad) == [0] and "changed" in bad[0]
-    assert [p.stem for p in (tmp_path / "cache").glob("*/*.npz")] == [images[2].sha256]
+def test_another_network_computes_again(count_computed):
+    other_weights, other_settings = (common.build_backbone("tinynet") for _ in range(2))
+    other_weights.network.conv.weight.data[0, 0, 0, 0] += 0.001
+    other_settings.network.bn.eps = 0.1
+    assert count_computed(other_weights) == count_computed(other_settings) == 2
+
+
+@pytest.mark.parametrize("name", ["PREPARE", "AUGMENT", "NORMALIZE"])
+def test_other_transforms_compute_again(count_computed, monkeypatch, name):
+    with monkeypatch.context() as patch:
+        patch.setattr(common, name, transforms.Compose([getattr(common, name)]))
+        assert count_computed(common.build_backbone("tinynet")) == 2
 
 
 def test_the_model_from_the_cache_is_the_model_without_it(run_train, tmp_path):
-    models = []
+    models = set()
     for flags in ((), (), ("--no-cache",), ("--no-cache", "--workers", 2)):
         assert run_train("--epochs", 3, *flags) == 0
-        models.append((tmp_path / "model.pth").read_bytes())
-    assert models[0] == models[1] == models[2] == models[3]
+        models.add((tmp_path / "model.pth").read_bytes())
+    assert len(models) == 1
 
 
-def test_what_is_damaged_in_the_cache_is_computed_again_bit_for_bit(fuzz, home, capsys, say):
-    digests = {hash_file(path) for path in home.glob("data/train/*/*")}
-    paths = [path for path in (home / "cache").glob("*/*") if path.stem in digests]
-    expected, count, said = (home / "model.pth").read_bytes(), fuzz.count(40, 400), 0
+def test_damaged_features_are_computed_again_to_the_same_bits(
+    fuzz, backbone, images, tmp_path, capsys, say
+):
+    expected, *_ = extract(backbone, images[:1], 2, tmp_path)
+    (path,) = tmp_path.glob("*/*.npz")
+    intact, count, n_warnings = path.read_bytes(), fuzz.count(80, 2000), 0
     for _ in range(count):
-        path = fuzz.rng.choice(paths)
-        intact = path.read_bytes()
         how, content = damage(fuzz.rng, intact)
         path.write_bytes(content)
-        assert train.main(home_flags("train", home)) == 0, how
-        assert (home / "model.pth").read_bytes() == expected, how
-        said += f"warning: {path}: computed again" in capsys.readouterr().err
-        path.write_bytes(intact)
-    assert said > count / 2
-    say(f"cache: {count} damaged files tried, {said} said, every model bit-equal")
+        features, *_ = extract(backbone, images[:1], 2, tmp_path)
+        assert torch.equal(features, expected), how
+        error = capsys.readouterr().err
+        n_warnings += f"warning: {path}: " in error and "computed again" in error
+    assert n_warnings > count / 2
+    say(f"cache: {count} damaged files tried, {n_warnings} warnings, all features bit-equal")
 
 
-def test_an_image_that_changes_during_the_run_is_never_kept_as_the_old_one(
-    refused, home, monkeypatch
-):
-    path, true = faults.first(home / "data" / "train"), train.read_split
-    digest = hash_file(path)
+@pytest.mark.parametrize("length", [0, 100, None])
+def test_a_training_replaces_a_damaged_file_of_the_cache(home, capsys, length):
+    sha256 = hash_file(faults.first(home / "data" / "train"))
+    (path,) = (home / "cache").glob(f"*/{sha256}.npz")
+    intact, model = path.read_bytes(), (home / "model.pth").read_bytes()
+    path.write_bytes(b"no zip" if length is None else intact[:length])
+    assert train.main(home_flags("train", home)) == 0
+    error = capsys.readouterr().err
+    assert f"warning: {path}: cannot be read" in error and "computed again" in error
+    assert path.read_bytes() == intact and (home / "model.pth").read_bytes() == model
 
-    def read_split(*args):
-        found = true(*args)
+
+def test_an_image_that_changes_during_the_run_is_not_cached(refused, home, monkeypatch):
+    path, read_split = faults.first(home / "data" / "train"), train.read_split
+    sha256 = hash_file(path)
+
+    def change_after_hashing(*args):
+        xrays = read_split(*args)
         path.write_bytes(picture(form="jpeg"))
-        return found
+        return xrays
 
-    monkeypatch.setattr(train, "read_split", read_split)
+    monkeypatch.setattr(train, "read_split", change_after_hashing)
     shutil.rmtree(home / "cache")
-    line = refused(2, "train")
-    assert f"{path}: its content changed" in line and not [*home.rglob(f"{digest}*")]
+    assert f"{path}: its content changed" in refused(2, "train")
+    others = {hash_file(other) for other in home.glob("data/train/*/*") if other != path}
+    cached = {file.stem for file in (home / "cache").glob("*/*")}
+    assert cached == others and sha256 not in cached

@@ -1,4 +1,4 @@
-"""cxr/checkpoint.py: what is saved and what is read, whoever wrote it; the ImageNet weights."""
+"""cxr/checkpoint.py: what is saved, what can be read, and the ImageNet weights."""
 
 import contextlib
 import errno
@@ -18,22 +18,18 @@ import pytest
 import torch
 import torchvision
 from faults import damage, put, within
-from helpers import ROOT, TINY, read_about, read_probs, read_report
+from helpers import ROOT, plain_pixels, read_about, read_probs, read_report
 from PIL import Image
 from torch import nn
-from torchvision import transforms
 from torchvision.models import get_model
 
 import common
 import cxr.checkpoint
-import evaluate
-import train
 from cxr.files import write_json
 from cxr.folders import list_images
 from cxr.patients import read_split
-from cxr.predictions import read_predictions
 
-# ---------------------------------------------------------------- ours
+# ---------------------------------------------------------------- our checkpoint
 
 
 def test_the_checkpoint_loads_strictly_into_torchvision_and_gives_the_validation_loss(
@@ -43,81 +39,75 @@ def test_the_checkpoint_loads_strictly_into_torchvision_and_gives_the_validation
     network = get_model("resnet18")
     network.fc = nn.Linear(512, 1)
     network.load_state_dict(torch.load(tmp_path / "model.pth"), strict=True)
-    network.eval()
-    images = read_split(split_phantoms, "val")["val"]
-    to_pixels = transforms.Compose(
-        [transforms.ToTensor(), transforms.Normalize(common.MEAN, common.STD)]
-    )
-    pictures = [common.load_image(image.path, 2).convert("RGB") for image in images]
+    xrays = read_split(split_phantoms, "val")
     with torch.no_grad():
-        logits = network(torch.stack([to_pixels(picture) for picture in pictures])).flatten()
-    labels = torch.tensor([float(image.label) for image in images])
+        pixels = torch.cat([plain_pixels(xray.path) for xray in xrays])
+        logits = network.eval()(pixels).flatten()
+    labels = torch.tensor([float(xray.label) for xray in xrays])
     loss = nn.functional.binary_cross_entropy_with_logits(logits, labels).item()
-    assert loss == pytest.approx(read_about(tmp_path)["val_loss"], abs=1e-4)
-    assert (read_about(tmp_path)["slope"], read_about(tmp_path)["intercept"]) == (1, 0)
+    model = read_about(tmp_path)
+    assert loss == pytest.approx(model["val_loss"], abs=1e-4)
+    assert (model["slope"], model["intercept"]) == (1, 0)
 
 
-def test_a_model_json_of_another_model_is_not_believed(
+def test_of_a_model_json_of_another_model_only_arch_and_window_are_used(
     run_evaluate, remake, scored, tmp_path, capsys
 ):
-    known = dict(sha256="0" * 64, threshold=0.9, slope=3.0, epoch=77, images={})
-    assert run_evaluate("--checkpoint", remake(**known)) == 0
+    info = dict(sha256="0" * 64, threshold=0.9, slope=3.0, epoch=77, images={})
+    assert run_evaluate("--checkpoint", remake(**info)) == 0
     report = read_report(tmp_path / "results")
     assert "DOES NOT BELONG" in report["warnings"][0]
     assert "DOES NOT BELONG" in capsys.readouterr().err
     assert report["threshold"] == 0.5 and report["calibration"]["platt"]["slope"] == 1
     assert report["model"]["epoch"] is None and report["model"]["arch"] == "tinynet"
-    again, before = (read_probs(f / "predictions.csv") for f in (tmp_path / "results", scored[0]))
-    assert again == before  # the window is taken from it
+    folders = tmp_path / "results", scored[0]
+    probs, expected = (read_probs(folder / "predictions.csv") for folder in folders)
+    assert probs == expected  # with the window of model.json
 
 
-def test_a_record_of_something_else_is_told(data, tmp_path, flags, capsys):
-    assert train.main(flags(data, *TINY)) == 0
-    write_json(tmp_path / "model.json", {"images": 3})
-    assert evaluate.main(flags(data)) == 2
-    assert "model.json: not about a model" in capsys.readouterr().err
+def test_a_model_json_that_does_not_fit_is_refused(run_evaluate, remake, tmp_path, capsys):
+    path = remake(arch="resnet18")
+    assert run_evaluate("--checkpoint", path) == 2
+    error = capsys.readouterr().err
+    assert str(path) in error and error.count("\n") == 1
+    assert run_evaluate("--arch", "resnet18") == 2
+    assert "model.json says tinynet" in capsys.readouterr().err
+    write_json(path.with_suffix(".json"), {"images": 3})
+    assert run_evaluate("--checkpoint", path) == 2
+    assert "model.json: does not describe a model" in capsys.readouterr().err
+    assert not [*(tmp_path / "results").glob("*")]
 
 
-# ---------------------------------------------------------------- other people's
+# ---------------------------------------------------------------- other checkpoints
 
 
-def test_a_bare_state_dict_is_a_resnet50_without_a_window_with_a_note(
-    run_evaluate, data, tmp_path, capsys
+def test_a_state_dict_without_model_json_is_read_as_a_resnet50_without_window_with_a_warning(
+    run_evaluate, split_phantoms, tmp_path, capsys
 ):
     torch.manual_seed(0)
     network = torchvision.models.resnet50()
     network.fc = nn.Linear(2048, 1)
     torch.save(network.state_dict(), tmp_path / "bare.pth")
-    paths = list_images(data / "test/NORMAL")[:2]
+    paths = list_images(split_phantoms / "test/NORMAL")[:2]
     assert run_evaluate(*paths, "--checkpoint", tmp_path / "bare.pth", "--no-cache") == 0
-    assert "taken for a resnet50" in (err := capsys.readouterr().err) and "no window" in err
+    error = capsys.readouterr().err
+    assert "read as a resnet50 (--arch)" in error and "grey levels unchanged" in error
     probs = read_probs(tmp_path / "results/new_predictions.csv")
-    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (common.MEAN, common.STD))
+    mean, std = torch.tensor(common.MEAN), torch.tensor(common.STD)
     network.eval()
     for path in paths:
-        pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
+        pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB"))) / 255
         with torch.no_grad():
-            expected = network((pixels[None] / 255 - mean) / std).sigmoid().item()
-        assert probs[str(path)] == pytest.approx(expected, abs=1e-3)
+            logit = network(((pixels - mean) / std).permute(2, 0, 1)[None])
+        assert probs[str(path)] == pytest.approx(logit.sigmoid().item(), abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [("1000 outputs", "found 1000 of (8,)"), ("another network", ""), ("text", "checkpoint")],
-)
-def test_a_file_that_is_no_such_checkpoint_is_refused(
-    kind, words, run_evaluate, remake, tmp_path, capsys
-):
-    path = remake(arch="resnet18") if kind == "another network" else remake()
-    if kind == "1000 outputs":
-        outputs = {"fc.weight": torch.zeros(1000, 8), "fc.bias": torch.zeros(1000)}
-        torch.save(torch.load(path) | outputs, path)
-    elif kind == "text":
-        path.write_text("no checkpoint")
-    assert run_evaluate("--checkpoint", path) == 2
-    err = capsys.readouterr().err
-    assert words in err and str(path) in err and err.count("\n") == 1
-    assert not [*(tmp_path / "results").glob("*")]
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    network = get_model("tinynet")
+    network.fc = nn.Linear(8, 1)
+    return network
 
 
 WRAPPED = {
@@ -135,58 +125,61 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("kind", WRAPPED)
-def test_a_checkpoint_in_a_known_wrapping_is_taken_as_the_plain_one(kind, data, tmp_path, flags):
-    network = torchvision.models.get_model("tinynet")
-    network.fc = nn.Linear(8, 1)
-    probs = []
-    for name, state in (
-        ("plain", network.state_dict()),
-        (kind, WRAPPED[kind](network.state_dict())),
-    ):
-        torch.save(state, tmp_path / f"{name}.pth")
-        more = "--checkpoint", tmp_path / f"{name}.pth", "--arch", "tinynet"
-        assert evaluate.main(flags(data, *more, "--results-dir", tmp_path / name)) == 0
-        table = read_predictions(tmp_path / name / "predictions.csv")
-        probs.append(table.probs)
-        weights = "--weights", tmp_path / f"{name}.pth", "--epochs", 1
-        assert train.main(flags(data, *TINY, *weights)) == 0
-        probs.append(torch.load(tmp_path / "model.pth")["fc.weight"].numpy())
-    assert (probs[0] == probs[2]).all() and (probs[1] == probs[3]).all()
+def test_a_wrapped_checkpoint_is_read_like_the_plain_one(
+    kind, network, run_evaluate, run_train, split_phantoms, tmp_path
+):
+    path, images, probs, heads = tmp_path / "x.pth", split_phantoms / "test" / "NORMAL", [], []
+    for wrap in (dict, WRAPPED[kind]):
+        torch.save(wrap(network.state_dict()), path)
+        assert run_evaluate(images, "--arch", "tinynet", "--checkpoint", path) == 0
+        probs.append(read_probs(tmp_path / "results" / "new_predictions.csv"))
+        assert run_train("--weights", path, "--epochs", 1) == 0
+        heads.append(torch.load(tmp_path / "model.pth")["fc.weight"])
+    assert len(probs[0]) == 12 and probs[0] == probs[1]
+    assert torch.equal(*heads)
 
 
 @pytest.mark.parametrize(
-    "head",
-    [nn.Linear(8, 2), nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 1))],
-    ids=["two outputs", "two layers"],
+    ("head", "outputs"),
+    [
+        (nn.Linear(8, 2), "found weight and bias [(2, 8), (2,)]"),
+        (nn.Linear(8, 1000), "found weight and bias [(1000, 8), (1000,)]"),
+        (
+            nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 1)),
+            "found weight and bias [None, None]",
+        ),
+    ],
 )
-def test_any_head_is_left_out_of_weights_and_named_where_it_should_score(
-    head, data, tmp_path, flags, capsys
+def test_another_head_is_ignored_in_weights_and_refused_in_a_checkpoint(
+    head, outputs, network, run_train, run_evaluate, tmp_path, capsys
 ):
-    network = get_model("tinynet")
-    network.fc = head
-    torch.save(network.state_dict(), tmp_path / "other.pth")
-    assert train.main(flags(data, *TINY, "--weights", tmp_path / "other.pth")) == 0
-    more = "--arch", "tinynet", "--checkpoint", tmp_path / "other.pth"
-    assert evaluate.main(flags(data, *more)) == 2
-    assert f"--weights {tmp_path / 'other.pth'} trains a new one" in capsys.readouterr().err
+    network.fc, path = head, tmp_path / "other.pth"
+    torch.save(network.state_dict(), path)
+    assert run_train("--weights", path, "--epochs", 1) == 0
+    assert run_evaluate("--arch", "tinynet", "--checkpoint", path) == 2
+    error = capsys.readouterr().err
+    assert outputs in error and f"--weights {path} trains a new one" in error
 
 
-def test_what_is_no_state_dict_is_refused_with_the_remedy(data, tmp_path, flags, capsys):
-    def told(path, *more):
-        assert evaluate.main(flags(data, "--checkpoint", path, *more)) == 2
-        return capsys.readouterr().err
+SAFETENSORS = struct.pack("<Q", 19) + b'{"__metadata__":{}}'
 
-    network = torchvision.models.get_model("tinynet")
-    network.fc = nn.Linear(8, 1)
-    torch.save(network, tmp_path / "whole.pth")
-    assert "torch.save(model.state_dict(), FILE)" in told(tmp_path / "whole.pth")
-    header = b'{"__metadata__":{}}'
-    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
-    assert "safetensors.torch.load_file('a.safetensors')" in told(tmp_path / "a.safetensors")
-    torch.save(network.state_dict(), tmp_path / "bare.pth")
-    assert "taken for a resnet50 (--arch)" in told(tmp_path / "bare.pth")
-    assert train.main(flags(data, *TINY)) == 0
-    assert "model.json says tinynet" in told(tmp_path / "model.pth", "--arch", "resnet18")
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("whole.pth", "torch.save(model.state_dict(), FILE)"),
+        ("a.safetensors", "safetensors.torch.load_file('a.safetensors')"),
+        ("bare.pth", "read as a resnet50 (--arch)"),  # the network is another one
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused_with_a_remedy(
+    name, remedy, network, run_evaluate, tmp_path, capsys
+):
+    contents = {"whole.pth": faults.saved(network), "a.safetensors": SAFETENSORS}
+    contents["bare.pth"] = faults.saved(network.state_dict())
+    put(tmp_path / name, contents[name])
+    assert run_evaluate("--checkpoint", tmp_path / name) == 2
+    assert remedy in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- damaged and hostile
@@ -199,7 +192,7 @@ def test_a_damaged_checkpoint_is_refused_or_harmless(fuzz, run_script, home, say
     stop = intact.index(b"PK", start)
     for i in range(count):
         how, content = damage(fuzz.rng, intact)
-        if i % 4 == 0:  # in the pickle, whatever else the file holds
+        if i % 4 == 0:  # in the pickle, a small part of the file
             how, part = damage(fuzz.rng, intact[start:stop])
             content = intact[:start] + part + intact[stop:]
         path.write_bytes(content)
@@ -209,15 +202,14 @@ def test_a_damaged_checkpoint_is_refused_or_harmless(fuzz, run_script, home, say
         if status:
             assert status == 2 and len(lines) == 1 and f"{path}: " in lines[0], (how, lines)
         else:
-            found = faults.columns((home / "results" / table).read_bytes())
-            assert found == expected, how
+            assert faults.columns((home / "results" / table).read_bytes()) == expected, how
             harmless += 1
     assert harmless < count / 5
     say(f"checkpoints: {count} damaged ones tried, {harmless} bit-equal, the others refused")
 
 
 @pytest.mark.parametrize("variable", ["", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"])
-def test_no_checkpoint_is_ever_code(variable, refused, home, monkeypatch):
+def test_code_in_a_checkpoint_is_never_executed(variable, refused, home, monkeypatch):
     if variable:
         monkeypatch.setenv(variable, "1")
     proof, path = home / "executed", home / "hostile.pth"
@@ -229,27 +221,30 @@ def test_no_checkpoint_is_ever_code(variable, refused, home, monkeypatch):
         assert not proof.exists(), name
     with contextlib.suppress(Exception):
         torch.load(io.BytesIO(faults.hostile(proof)["zip"]), weights_only=False)
-    assert proof.exists()  # they are hostile indeed
+    assert proof.exists()  # so the file is really hostile
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_an_absurd_checkpoint_is_one_line_and_2(refused, home):
+def test_an_absurd_checkpoint_is_refused(refused, home):
     path = home / "model.pth"
-    contents = {"html": b"<!DOCTYPE html><p>404", "nothing": b"", "text": b"weights\n"}
-    for name, content in faults.absurd(torch.load(path, weights_only=True)).items():
-        contents[name] = faults.saved(content)
+    absurd = faults.absurd(torch.load(path, weights_only=True))
+    contents = {name: faults.saved(value) for name, value in absurd.items()}
+    contents |= {"html": b"<!DOCTYPE html><p>404", "nothing": b"", "text": b"weights\n"}
     for name, content in contents.items():
         path.write_bytes(content)
         with within(20):
             assert f"{path}: " in refused(2, "evaluate"), name
-    for missing in (home, home / "nowhere.pth"):
-        assert f"{missing}: no such file" in refused(2, "train", "--weights", missing)
 
 
-def test_the_version_of_torch_is_one_without_known_holes():
+@pytest.mark.parametrize("name", ["", "nowhere.pth"])
+def test_weights_that_are_not_a_file_are_refused(refused, home, name):
+    assert f"{home / name}: no such file" in refused(2, "train", "--weights", home / name)
+
+
+def test_the_required_torch_has_no_known_security_holes():
     text = (ROOT / "requirements.txt").read_text()
-    found = re.search(r"^torch>=(\d+)\.(\d+)$", text, re.M)
-    assert tuple(map(int, found.groups())) >= (2, 10)  # CVE-2025-32434, CVE-2026-24747
+    version = re.search(r"^torch>=(\d+)\.(\d+)$", text, re.M).groups()
+    assert tuple(map(int, version)) >= (2, 10)  # CVE-2025-32434, CVE-2026-24747
 
 
 # ---------------------------------------------------------------- the ImageNet weights
@@ -268,19 +263,38 @@ def published(tmp_path, monkeypatch):
     return Namespace(source=source, path=path, url=source.as_uri())
 
 
-def test_cached_weights_that_are_not_the_published_ones_are_refused(
-    refused, run_script, home, published
+def test_missing_weights_are_downloaded_but_another_file_is_not_kept(
+    run_script, refused, published
 ):
-    content, path, imagenet = published.source.read_bytes(), published.path, "--weights=imagenet"
-    assert run_script("train", imagenet) == (0, []) and path.read_bytes() == content
-    for bad in (b"", content[:-1], b"x" + content[1:], faults.hostile(home / "x")["zip"]):
-        path.write_bytes(bad)
-        line = refused(2, "train", imagenet)
-        assert f"{path}: " in line and "SHA-256" in line and "--weights FILE" in line
-        assert path.read_bytes() == bad and not (home / "x").exists()
+    assert run_script("train", "--weights", "imagenet") == (0, [])
+    assert published.path.read_bytes() == published.source.read_bytes()
+    published.path.unlink()
+    published.source.write_bytes(b"<html>Sign in to this network")
+    assert published.url in refused(2, "train", "--weights", "imagenet")
+    assert not [*published.path.parent.iterdir()]
 
 
-def test_a_cached_resnet50_of_other_weights_is_refused(refused, tmp_path, monkeypatch):
+WRONG_WEIGHTS = {
+    "empty": lambda content, proof: b"",
+    "cut off": lambda content, proof: content[:-1],
+    "changed": lambda content, proof: b"x" + content[1:],
+    "hostile": lambda content, proof: faults.hostile(proof)["zip"],
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_WEIGHTS)
+def test_weights_in_the_cache_that_are_not_the_published_ones_are_refused(
+    kind, refused, home, published
+):
+    proof, path = home / "executed", published.path
+    wrong = WRONG_WEIGHTS[kind](published.source.read_bytes(), proof)
+    put(path, wrong)
+    line = refused(2, "train", "--weights", "imagenet")
+    assert f"{path}: " in line and "SHA-256" in line and "--weights FILE" in line
+    assert path.read_bytes() == wrong and not proof.exists()
+
+
+def test_a_resnet50_with_other_weights_in_the_cache_is_refused(refused, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     path = tmp_path / "hub" / "checkpoints" / "resnet50-11ad3fa6.pth"
     put(path, faults.saved({"fc.bias": torch.zeros(1000)}))
@@ -289,8 +303,6 @@ def test_a_cached_resnet50_of_other_weights_is_refused(refused, tmp_path, monkey
 
 
 HTTP = partial(urllib.error.HTTPError, "http://127.0.0.1:9", hdrs={}, fp=None)
-
-
 DOWNLOADS = {
     "no such host": (urllib.error.URLError("Name or service not known"), 2),
     "404": (HTTP(code=404, msg="Not Found"), 2),
@@ -308,16 +320,10 @@ def test_a_download_that_fails_names_the_address_the_file_and_the_flag(
     error, status = DOWNLOADS[name]
 
     def download(*_, **__):
-        assert 0 < socket.getdefaulttimeout() <= 30  # a server that stalls would hang for ever
+        assert 0 < socket.getdefaulttimeout() <= 30  # otherwise a stalled server hangs
         raise error
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     line = refused(status, "train", "--weights", "imagenet")
     assert all(part in line for part in (published.url, str(published.path), "--weights FILE"))
     assert socket.getdefaulttimeout() is None
-
-
-def test_another_file_at_the_address_is_not_kept(refused, published):
-    published.source.write_bytes(b"<html>Sign in to this network")
-    assert published.url in refused(2, "train", "--weights", "imagenet")
-    assert not [*published.path.parent.iterdir()]

@@ -5,40 +5,38 @@ import signal
 import subprocess
 import sys
 import time
+from signal import SIGKILL
 
 import faults
 import pytest
 import torch
 from faults import listing, put
-from helpers import ROOT, TINY_FAST, linux
+from helpers import ROOT, linux, path_flags, read_about, read_rows
 
 import common
-import evaluate
 import train
-from cxr.files import hash_file, read_json
+from cxr.files import hash_file
 from cxr.folders import CLASSES
 
-# ---------------------------------------------------------------- a process of its own
 
-
-def run_python(code, *words, **environment):
-    """A process that runs a few lines of Python with the scripts at hand."""
+def run_python(code, *argv, cwd=None):
+    """Runs Python code that can import the scripts. Returns (exit code, stdout, stderr)."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = 'train.py'\n{code}"
-    command = [sys.executable, "-c", code, *map(str, words)]
-    found = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
-    return found.returncode, found.stdout, found.stderr.strip()
+    command = [sys.executable, "-c", code, *map(str, argv)]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+    return process.returncode, process.stdout, process.stderr.strip()
 
 
 @pytest.mark.parametrize("name", ["torch", "torchmetrics", "sklearn", "matplotlib", "pydicom"])
 def test_a_missing_package_is_one_line_at_once(name):
-    hide = f"sys.modules[{name!r}] = None\nimport importlib.util as u; t = u.find_spec\n"
-    hide += f"u.find_spec = lambda n, *a: None if n == {name!r} else t(n, *a)\nimport train"
-    status, _, error = run_python(hide)
+    code = f"sys.modules[{name!r}] = None\nimport importlib.util as u; find = u.find_spec\n"
+    code += f"u.find_spec = lambda n, *a: None if n == {name!r} else find(n, *a)\nimport train"
+    status, _, error = run_python(code)
     assert status == 2 and len(error.splitlines()) == 1 and name in error
     assert "make install, then .venv/bin/python train.py" in error
 
 
-def test_without_fcntl_and_what_only_posix_has_the_scripts_run(tmp_path):
+def test_a_split_needs_nothing_that_windows_lacks(tmp_path):
     for i, name in enumerate(CLASSES):
         for j in range(6):
             put(tmp_path / "train" / name / f"IM-{i}{j}-1.jpeg", f"{i}{j}".encode())
@@ -51,33 +49,31 @@ def test_without_fcntl_and_what_only_posix_has_the_scripts_run(tmp_path):
 
 
 def test_importing_the_scripts_prints_and_writes_nothing(tmp_path):
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import split_val, train, evaluate"
-    command = [sys.executable, "-c", code, str(ROOT)]
-    out = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    assert not out.stdout and not out.stderr and not os.listdir(tmp_path)
+    assert run_python("import split_val, train, evaluate", cwd=tmp_path) == (0, "", "")
+    assert not os.listdir(tmp_path)
 
 
-def test_a_reader_that_leaves_finds_the_files_written(data, tmp_path, flags):
-    assert train.main(flags(data, *TINY_FAST)) == 0
-    words = [sys.executable, "-c", "import conftest, evaluate, sys; sys.exit(evaluate.main())"]
-    script = subprocess.Popen(
-        [*words, *flags(data)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PATH": "/bin:/usr/bin"},
-    )
-    while b"Features" not in script.stdout.readline():
+def test_all_files_are_written_although_the_reader_of_the_output_left(
+    split_phantoms, trained, tmp_path
+):
+    code = "import sys, conftest, cxr.bootstrap, evaluate; cxr.bootstrap.DRAWS = 40\n"
+    code += "sys.exit(evaluate.main())"
+    flags = path_flags(split_phantoms, trained, tmp_path, "--results-dir", tmp_path / "results")
+    env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PATH": "/bin:/usr/bin"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", code, *flags], env=env, **pipes)
+    while b"Features" not in process.stdout.readline():
         pass
-    script.stdout.close()  # as `| head` does
-    assert "Traceback" not in script.stderr.read().decode()
-    assert script.wait() == 4
+    process.stdout.close()  # as `| head` does
+    assert "Traceback" not in process.stderr.read().decode()
+    assert process.wait() == 4
     assert (tmp_path / "results" / "report.html").exists()
 
 
 # ---------------------------------------------------------------- flags and messages
 
 
-def test_help_tells_every_default(capsys):
+def test_the_help_shows_the_defaults(capsys):
     with pytest.raises(SystemExit):
         train.main(["--help"])
     out = " ".join(capsys.readouterr().out.split())
@@ -90,25 +86,18 @@ def test_debug_adds_the_traceback(run_train, capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_in_a_notebook_lines_begin_with_the_script(tmp_path, flags, monkeypatch, capsys):
+@pytest.mark.parametrize("flags", [["--data-dir", "nowhere"], ["--epoch", "x"]])
+def test_in_a_notebook_an_error_begins_with_the_name_of_the_script(flags, refused, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
-    assert train.main(flags(tmp_path / "nowhere")) == 2
-    assert capsys.readouterr().err.startswith("train.py: ")
-    with pytest.raises(SystemExit):
-        train.main(["--epoch", "x"])
-    assert capsys.readouterr().err.startswith("train.py: ")
+    assert refused(2, "train", *flags).startswith("train.py: ")
 
 
-def test_rules_unknown_weights_and_class_folders_are_told(data, tmp_path, flags, capsys):
-    with pytest.raises(SystemExit):
-        evaluate.main(["--threshold", "sensitivity=0.95"])
-    assert "fitted on val while training" in capsys.readouterr().err
-    assert train.main(flags(data, "--weights", "radnom")) == 2
-    assert "expected imagenet, random or a state dict" in capsys.readouterr().err
-    assert train.main(flags(data, *TINY_FAST)) == 0
-    assert evaluate.main(flags(data, data / "test")) == 2
-    error = capsys.readouterr().err
-    assert f"name these: {data / 'test' / 'NORMAL'} {data / 'test' / 'PNEUMONIA'}" in error
+def test_a_value_that_a_flag_cannot_have_is_explained(refused, home):
+    assert "expected imagenet, random or" in refused(2, "train", "--weights", "radnom")
+    line = refused(2, "evaluate", "--threshold", "sensitivity=0.95")
+    assert "fitted on val/" in line and "train.py" in line
+    folder = home / "data" / "test"  # a folder of class folders
+    assert f"{folder / 'NORMAL'} {folder / 'PNEUMONIA'}" in refused(2, "evaluate", folder)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
@@ -118,47 +107,64 @@ def test_a_full_memory_names_the_flag_that_helps(script, error, refused, home, m
         raise error("out of memory")
 
     monkeypatch.setattr(type(common.get_model("tinynet")), "forward", forward)
-    old = listing(home)
+    before = listing(home)
     assert "--batch-size" in refused(4, script, "--no-cache")
-    assert listing(home) == old
+    assert listing(home) == before
 
 
 # ---------------------------------------------------------------- signals
 
 
-MOMENTS = [("train", "Epoch [20/"), ("train", "in the pass"), ("evaluate", "in the pass")]
+@pytest.fixture
+def send_signal(start, home, tmp_path, fuzz):
+    """send_signal(number, script, moment) sends a signal after the script printed `moment`.
+
+    Its processes get it too, as from a terminal. Returns (exit code, lines "interrupted").
+    """
+
+    def call(number, script, moment):
+        flags = ["--no-cache", "--workers", 2, "--batch-size", 1]
+        flags += ["--epochs", 10**6, "--patience", 0] if script == "train" else []
+        log = tmp_path / "log"
+        log.unlink(missing_ok=True)
+        process = start(script, flags, faults.slow_down if "pass" in moment else None)
+        faults.wait_for(moment, log)
+        time.sleep(fuzz.rng.uniform(0, 0.3))
+        os.killpg(process.pid, number)
+        process.join(20)
+        faults.wait_for_end(process.pid)
+        assert "Traceback" not in log.read_text(), log.read_text()
+        lines = log.read_text().splitlines()
+        return process.exitcode, [x for x in lines if x.startswith(f"{script}.py: interrupted")]
+
+    return call
+
+
+SIGNALS = signal.SIGINT, signal.SIGTERM
+STOPS = [(name, "in the pass", n) for name in ("train", "evaluate") for n in (*SIGNALS, SIGKILL)]
 
 
 @linux
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize(("script", "moment"), MOMENTS)
-def test_a_signal_ends_a_script_in_one_line_and_keeps_what_was_there(
-    script, moment, number, fuzz, start, home, tmp_path
+@pytest.mark.parametrize(("script", "moment", "number"), [*STOPS, ("train", "Epoch [20/", SIGKILL)])
+def test_a_signal_is_at_most_one_line_and_changes_no_file(
+    script, moment, number, fuzz, send_signal, home
 ):
-    """To the whole group, as a terminal and a batch system send it."""
-    log, old = tmp_path / "log", listing(home)
-    more = ["--no-cache", "--workers", 2, "--batch-size", 1]
-    more += ["--epochs", 10**6, "--patience", 0] if script == "train" else []
+    before = listing(home)
     for _ in range(fuzz.count(1, 5)):
-        log.unlink(missing_ok=True)
-        child = start(script, more, faults.slow_down if "pass" in moment else None)
-        faults.wait_for(moment, log)
-        time.sleep(fuzz.rng.uniform(0, 0.3))
-        os.killpg(child.pid, number)
-        child.join(20)
-        faults.wait_for_end(child.pid)
-        text = log.read_text()
-        lines = [line for line in text.splitlines() if line.startswith(f"{script}.py: interrupted")]
-        assert "Traceback" not in text, text
-        if number == signal.SIGKILL or "pass" in moment:
-            assert listing(home) == old and not [*home.rglob("*.tmp")]
-        if number == signal.SIGKILL:
-            continue
-        assert child.exitcode == 128 + number and len(lines) == 1, text
-        if "pass" not in moment:
-            assert "kept the best so far" in lines[0] and f"{home / 'model.pth'}" in lines[0]
-            about = read_json(home / "model.json")
-            assert about["sha256"] == hash_file(home / "model.pth")
-            history = (home / "results" / "history.csv").read_text().splitlines()[1:]
-            losses = [float(line.split(",")[3]) for line in history]
-            assert about["val_loss"] in (min(losses), min(losses[:-1]))  # the last was cut short
+        status, lines = send_signal(number, script, moment)
+        expected = (-9, 0) if number == SIGKILL else (128 + number, 1)
+        assert (status, len(lines)) == expected, lines
+        assert listing(home) == before
+
+
+@linux
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_during_the_epochs_saves_the_best_one(number, fuzz, send_signal, home):
+    for _ in range(fuzz.count(1, 5)):
+        status, (line,) = send_signal(number, "train", "Epoch [20/")
+        assert status == 128 + number
+        assert "; saved epoch " in line and f"{home / 'model.pth'}" in line
+        model = read_about(home)
+        assert model["sha256"] == hash_file(home / "model.pth")
+        losses = [float(row["val_loss"]) for row in read_rows(home / "results" / "history.csv")]
+        assert model["val_loss"] in (min(losses), min(losses[:-1]))  # the last one was interrupted

@@ -1,103 +1,105 @@
 """cxr/compare.py: two models on the same images."""
 
-import math
-
 import numpy as np
 import pytest
 import scipy.stats
-from helpers import TINY_FAST, read_report, write_rows
+from helpers import read_report, write_rows
 from scipy.special import expit, logit
 from simulated import by_scikit_learn, simulate
 
 import evaluate
-import train
-from cxr.compare import paired_sign_test
+from cxr.compare import COMPARED, paired_sign_test
 from cxr.files import write_json
+from cxr.predictions import as_arrays
 
 
 @pytest.mark.parametrize(
-    ("n", "here", "there"),
+    ("n", "only_mine", "only_theirs"),
     [(9, 0, 0), (9, 0, 1), (9, 1, 1), (9, 5, 0), (40, 3, 9), (900, 400, 480)],
 )
-def test_the_sign_test_is_mcnemar_s_at_one_image_a_patient(n, here, there):
-    right = np.zeros((2, n), bool)
-    right[0, :here] = right[1, here : here + there] = True
-    found = paired_sign_test(*right, [f"{i}.png" for i in range(n)], 0)
-    expected = scipy.stats.binomtest(here, here + there).pvalue if here + there else 1.0
-    assert found["p_value"] == pytest.approx(expected, rel=1e-9)
+def test_with_one_image_per_patient_the_sign_test_is_mcnemars_test(n, only_mine, only_theirs):
+    n_different = only_mine + only_theirs
+    correct = np.arange(n) < only_mine
+    other_correct = (only_mine <= np.arange(n)) & (np.arange(n) < n_different)
+    result = paired_sign_test(correct, other_correct, [f"{i}.png" for i in range(n)], 0)
+    expected = scipy.stats.binomtest(only_mine, n_different).pvalue if n_different else 1.0
+    assert result["p_value"] == pytest.approx(expected, rel=1e-9)
 
 
-def test_the_sign_test_counts_patients_where_their_images_are_alike():
-    rng, sets, rejected, by_image = np.random.default_rng(0), 150, 0, 0
-    for seed in range(sets):
-        here, there = (table.probs > 0.5 for table in simulate(rng, 40, 40, 1, models=2))
-        right = [np.repeat(each == (np.arange(80) >= 40), 3) for each in (here, there)]
-        odd = rng.random((2, 240)) < 0.02  # nearly alike
-        right = [each ^ other for each, other in zip(right, odd, strict=True)]
-        found = paired_sign_test(*right, np.repeat(np.arange(80), 3), seed)
-        rejected += found["p_value"] < 0.05
-        only = (right[0] & ~right[1]).sum(), (right[1] & ~right[0]).sum()
-        by_image += scipy.stats.binomtest(int(only[0]), int(sum(only)) or 1).pvalue < 0.05
-    assert 0.01 <= rejected / sets <= 0.08 and by_image / sets > 0.12
+def test_the_sign_test_rejects_equal_models_rarely_if_images_of_a_patient_are_correlated():
+    rng, runs, rejected, rejected_by_image = np.random.default_rng(0), 150, 0, 0
+    for seed in range(runs):
+        tables = [as_arrays(table) for table in simulate(rng, 40, 40, 1, models=2)]
+        correct = np.array([(probs > 0.5) == labels for probs, labels, _ in tables])
+        # Three images per patient, which are nearly always all correct or all wrong.
+        correct = np.repeat(correct, 3, axis=1) ^ (rng.random((2, 240)) < 0.02)
+        result = paired_sign_test(*correct, np.repeat(np.arange(80), 3), seed)
+        rejected += result["p_value"] < 0.05
+        only_mine, only_theirs = (correct & ~correct[::-1]).sum(1).tolist()
+        by_image = scipy.stats.binomtest(only_mine, only_mine + only_theirs or 1)
+        rejected_by_image += by_image.pvalue < 0.05
+    assert 0.01 <= rejected / runs <= 0.08 and rejected_by_image / runs > 0.12
 
 
-def test_compare_gives_the_paired_differences_whatever_the_order_of_the_rows(
-    tmp_path, capsys, rescore
-):
+def test_compare_computes_differences_and_counts_in_any_order_of_rows(tmp_path, rescore, capsys):
     rng = np.random.default_rng(5)
-    (here,) = simulate(rng, 40, 40, each=2)
-    logits = logit(here.probs.astype(float)) + rng.normal(0, 1.5, len(here.files))
-    there = here._replace(probs=expit(logits).astype(np.float32))
-    labels, order = here.labels, rng.permutation(len(here.files))
-    a = write_rows(tmp_path / "a/predictions.csv", labels, here.probs, here.files)
-    names = [here.files[i] for i in order]
-    b = write_rows(tmp_path / "b/predictions.csv", labels[order], there.probs[order], names)
+    (mine,) = simulate(rng, 40, 40, each=2)
+    probs, labels, patients = as_arrays(mine)
+    other_logits = logit(probs.astype(float)) + rng.normal(0, 1.5, len(probs))
+    other_probs = expit(other_logits).astype(np.float32)
+    files, order = mine["file"].tolist(), rng.permutation(len(probs))
+    shuffled = [files[row] for row in order]
+    a = write_rows(tmp_path / "a/predictions.csv", labels, probs, files)
+    b = write_rows(tmp_path / "b/predictions.csv", labels[order], other_probs[order], shuffled)
     write_json(tmp_path / "b/metrics.json", {"threshold": 0.3})
     status, folder = rescore(a, "--compare", b)
     report, screen = read_report(folder), capsys.readouterr().out
-    found = report["comparison"]
-    ours = by_scikit_learn(labels, here.probs, 0.5)
-    theirs = by_scikit_learn(labels, there.probs, 0.3)
-    assert status == 0 and found["threshold"] == 0.3
-    for name in ("accuracy", "f1", "auroc"):
-        difference = found["difference"][name]
-        assert difference["value"] == pytest.approx(ours[name] - theirs[name], abs=1e-6)
-        assert difference["low"] < difference["value"] < difference["high"]
-        assert f"{difference['value']:.3f} ({difference['low']:.3f}" in screen
-    alone = [m["auroc"]["high"] - m["auroc"]["low"] for m in (report["metrics"], found["other"])]
-    width = found["difference"]["auroc"]["high"] - found["difference"]["auroc"]["low"]
-    assert width < sum(alone) / math.sqrt(2)  # pairing narrows it
-    right = [(here.probs > 0.5) == labels, (there.probs > np.float32(0.3)) == labels]
-    only = [int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())]
-    assert [found["right_only_here"], found["right_only_there"]] == only
-    assert found["p_value"] == paired_sign_test(*right, here.clusters(), 0)["p_value"]
-    assert f"{only[0]} images are right only here, {only[1]} only there" in screen
+    comparison = report["comparison"]
+    mine = by_scikit_learn(labels, probs, 0.5)
+    theirs = by_scikit_learn(labels, other_probs, 0.3)
+    assert status == 0 and comparison["threshold"] == 0.3
+    assert set(comparison["difference"]) == {*COMPARED} == {"accuracy", "f1", "auroc"}
+    for name, interval in comparison["difference"].items():
+        assert interval["value"] == pytest.approx(mine[name] - theirs[name], abs=1e-6)
+        assert interval["low"] < interval["value"] < interval["high"]
+        assert f"{interval['value']:.3f} ({interval['low']:.3f}" in screen
+    tables = comparison["difference"], report["metrics"], comparison["other"]
+    paired, mine, theirs = (table["auroc"]["high"] - table["auroc"]["low"] for table in tables)
+    assert paired < (mine + theirs) / 2**0.5  # narrower than for independent images
+    correct = (probs > 0.5) == labels
+    other_correct = (other_probs > np.float32(0.3)) == labels
+    only_mine, only_theirs = (correct & ~other_correct).sum(), (other_correct & ~correct).sum()
+    assert comparison["right_only_here"] == only_mine
+    assert comparison["right_only_there"] == only_theirs
+    result = paired_sign_test(correct, other_correct, patients, 0)
+    assert comparison["p_value"] == result["p_value"]
+    assert f"{only_mine} images are correct only with this model, {only_theirs} only" in screen
 
 
-def test_compare_works_with_a_fresh_run(run_evaluate, scored, tmp_path):
-    assert run_evaluate("--compare", scored[0] / "predictions.csv") == 0
-    found = read_report(tmp_path / "results")["comparison"]
-    assert found["difference"]["auroc"] == {"value": 0.0, "low": 0.0, "high": 0.0}
-    assert found["p_value"] == 1 and found["model"]["arch"] == "tinynet"
+def test_a_folder_of_results_does_not_differ_from_itself(run_evaluate, scored, tmp_path, capsys):
+    folder = str(scored[0])
+    assert run_evaluate("--compare", folder) == 0
+    comparison = read_report(tmp_path / "results")["comparison"]
+    assert comparison["difference"]["auroc"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert comparison["p_value"] == 1 and comparison["model"]["arch"] == "tinynet"
+    capsys.readouterr()
+    assert evaluate.main(["--from", folder, "--compare", folder]) == 0
+    out = capsys.readouterr().out
+    assert "This model minus" in out and f"{scored[0] / 'predictions.csv'}" in out
 
 
 @pytest.mark.parametrize(
     ("names", "labels", "words"),
     [
-        (["a", "b", "d"], [0, 1, 1], "2 are in one only, as c"),
-        (["a", "b"], [0, 1], "1 are in one only, as c"),
-        (["a", "b", "c"], [0, 1, 0], "c has another label"),
+        (["a", "b", "d"], [0, 1, 1], ["the same 3 images", "example d"]),
+        (["a", "b"], [0, 1], ["the same 3 images", "example c"]),
+        (["a", "b", "c"], [0, 1, 0], ["c has another label"]),
     ],
 )
 def test_compare_refuses_other_images_or_labels(names, labels, words, tmp_path, capsys, rescore):
     a = write_rows(tmp_path / "a.csv", [0, 1, 1], [0.1, 0.8, 0.9], ["a", "b", "c"])
     b = write_rows(tmp_path / "b.csv", labels, [0.5] * len(labels), names)
     status, folder = rescore(a, "--compare", b)
-    assert status == 2 and words in capsys.readouterr().err and not [*folder.glob("*")]
-
-
-def test_a_folder_of_results_can_be_compared_and_scored_again(data, tmp_path, flags, capsys):
-    assert train.main(flags(data, *TINY_FAST)) == evaluate.main(flags(data)) == 0
-    results = tmp_path / "results"
-    assert evaluate.main(["--from", str(results), "--compare", str(results)]) == 0
-    assert f"This model minus {results / 'predictions.csv'}" in capsys.readouterr().out
+    err = capsys.readouterr().err
+    assert status == 2 and not [*folder.glob("*")]
+    assert all(word in err for word in [str(b), *words])

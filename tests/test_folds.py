@@ -1,16 +1,13 @@
 """cxr/folds.py: cross-validation, its folds, and doubtful labels."""
 
-import csv
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
-from helpers import TINY_FAST
+from helpers import TINY_FAST, read_rows
 from PIL import Image
 
-import common
 import train
 from cxr.files import read_json
 from cxr.folders import CLASSES
@@ -20,49 +17,46 @@ from cxr.patients import identify
 
 def test_cross_validation_scores_held_out_images_and_writes_no_model(run_train, tmp_path, capsys):
     assert run_train("--folds", 4, "--repeats", 2) == 0
-    found = json.loads((tmp_path / "results" / "cv.json").read_text())
-    accuracy = found["metrics"]["accuracy"]
+    report = read_json(tmp_path / "results" / "cv.json")
+    accuracy = report["metrics"]["accuracy"]
     assert accuracy["low"] < accuracy["value"] < accuracy["high"]
     assert accuracy["min"] <= accuracy["mean"] <= accuracy["max"]
-    assert (found["folds"], found["repeats"], found["n"]) == (4, 2, 64)
-    assert "the test images were not opened" in capsys.readouterr().out
+    assert (report["folds"], report["repeats"], report["n"]) == (4, 2, 64)
+    assert "the test images were not used" in capsys.readouterr().out
     assert not (tmp_path / "model.pth").exists()
 
 
-def test_cross_validation_does_not_leak_the_labels(run_train, data, tmp_path):
-    """Where the features say nothing, held-out images are told no better than by chance."""
+def test_cross_validation_scores_noise_no_better_than_chance(run_train, data, tmp_path):
     rng = np.random.default_rng(1)
-    for split in ("train", "val"):
-        for name in CLASSES:
-            for path in (data / split / name).iterdir():
-                noise = rng.integers(0, 255, (32, 32), dtype=np.uint8)
-                common.PIL.Image.fromarray(noise).save(path)
+    for path in [*data.glob("train/*/*"), *data.glob("val/*/*")]:
+        Image.fromarray(rng.integers(0, 255, (32, 32), dtype=np.uint8)).save(path)
     assert run_train("--folds", 4, "--repeats", 3, data=data) == 0
-    found = json.loads((tmp_path / "results" / "cv.json").read_text())
-    assert 0.3 < found["metrics"]["auroc"]["value"] < 0.7
+    auroc = read_json(tmp_path / "results" / "cv.json")["metrics"]["auroc"]
+    assert 0.3 < auroc["value"] < 0.7
 
 
-def test_folds_never_separate_a_patient_and_spread_the_classes():
+def test_folds_depend_on_the_seed_keep_patients_together_and_have_both_classes():
+    # 60 images of each class; a patient has three with PNEUMONIA or two without.
     names = [f"person{i // 3}_{'bacteria' if i % 3 else 'virus'}_{i}.jpeg" for i in range(60)]
-    names += [f"IM-{i // 2:04d}-{i:04d}.jpeg" for i in range(60)]
-    labels = torch.tensor([1.0] * 60 + [0.0] * 60)
-    pairs = zip(names, labels, strict=True)
-    images = [identify(Path("train", name), int(y), {}) for name, y in pairs]
-    folds = patient_folds(images, labels, 5, seed=0)
+    normal = [f"IM-{i // 2:04d}-{i:04d}.jpeg" for i in range(60)]
+    pairs = [(name, 1) for name in names] + [(name, 0) for name in normal]
+    xrays = [identify(Path("train", name), label, "train", {}) for name, label in pairs]
+    labels = torch.tensor([float(xray.label) for xray in xrays])
+    folds = patient_folds(xrays, labels, 5, seed=0)
     assert sorted(torch.cat(folds).tolist()) == list(range(120))
-    patients = [{images[row].group for row in rows} for rows in folds]
-    assert not any(a & b for i, a in enumerate(patients) for b in patients[:i])
+    patients = [{xrays[row].group for row in rows} for rows in folds]
+    assert sum(map(len, patients)) == len(set().union(*patients)) == 50
     assert all(0.35 < labels[rows].mean() < 0.65 for rows in folds)
-    again = patient_folds(images, labels, 5, seed=1)
-    assert any(not torch.equal(a, b) for a, b in zip(folds, again, strict=True))
+    pairs = zip(folds, patient_folds(xrays, labels, 5, seed=1), strict=True)
+    assert any(not torch.equal(a, b) for a, b in pairs)
 
 
-def test_too_few_patients_for_the_folds_are_one_line_and_2(run_train, capsys):
+def test_more_folds_than_patients_are_refused(run_train, capsys):
     assert run_train("--folds", 60) == 2
     assert "--folds 60" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_flipped_labels_lead_the_table_of_doubtful_ones_and_val_is_not_needed(
+def test_flipped_labels_are_at_the_top_of_doubtful_labels_without_val(
     data, tmp_path, flags, capsys
 ):
     shutil.rmtree(data / "val")
@@ -70,12 +64,10 @@ def test_flipped_labels_lead_the_table_of_doubtful_ones_and_val_is_not_needed(
     for path in flipped:
         other = CLASSES[1 - CLASSES.index(path.parent.name)]
         path.rename(path.parent.parent / other / path.name)
-    folds = "--folds", 4, "--repeats", 3
-    assert train.main(flags(data, *TINY_FAST, *folds)) == 0
+    assert train.main(flags(data, *TINY_FAST, "--folds", 4, "--repeats", 3)) == 0
     screen, results = capsys.readouterr(), tmp_path / "results"
     assert "\r" not in screen.out + screen.err
-    with open(results / "doubtful_labels.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(results / "doubtful_labels.csv")
     assert len(rows) == 40 and {row["repeats"] for row in rows} == {"3"}
     losses = [float(row["mean_loss"]) for row in rows]
     assert losses == sorted(losses, reverse=True)

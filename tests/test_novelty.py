@@ -1,45 +1,42 @@
-"""cxr/novelty.py: images unlike those of training."""
+"""cxr/novelty.py: images unlike the training images."""
 
 import numpy as np
 import pytest
 import torch
-from helpers import TINY
+from helpers import plain_pixels, read_report
 from PIL import Image, ImageOps
 
 import common
-import evaluate
-import train
 from cxr.files import read_json
-from cxr.patients import read_split
+from cxr.folders import list_split
 from cxr.predictions import read_predictions
 
 
-def test_pictures_from_elsewhere_are_told_one_by_one_and_as_a_group(data, tmp_path, flags, capsys):
-    assert train.main(flags(data, *TINY)) == evaluate.main(flags(data)) == 0
-    report = read_json(tmp_path / "results" / "metrics.json")
-    table = read_predictions(tmp_path / "results" / "predictions.csv")
-    info = read_json(tmp_path / "model.json")["features"]
-    mean, std = (np.array(info[name].split(), float) for name in ("mean", "std"))
-    images = read_split(data, "test")["test"]
+def test_novelty_is_the_distance_over_its_limit(scored, trained, split_phantoms):
+    training = read_json(trained / "model.json")["features"]
+    mean, std = (np.array(training[name].split(), float) for name in ("mean", "std"))
     network = common.build_backbone("tinynet").network
-    pixels = torch.stack([v for i in images for v in common.Views([i], 1, 2.0)[0][1]])
+    pixels = torch.cat([plain_pixels(path) for path, _ in list_split(split_phantoms, "test")])
     with torch.no_grad():
-        z = (network(common.NORMALIZE(pixels)).numpy() - mean) / std
-    expected = np.sqrt((z**2).mean(1)) / info["limit"]
-    assert table.unlike == pytest.approx(expected, abs=2e-3)
-    assert report["unlike"]["over"] == (table.unlike > 1).sum() and report["unlike"]["n"] == 24
-    square = np.sqrt(max((z.mean(0) ** 2).mean() - 1 / 24, 0))
-    assert report["unlike"]["shift"] == pytest.approx(square, abs=2e-3)
-    assert not any("elsewhere" in warning for warning in report["warnings"])
-    capsys.readouterr()
+        z = (network(pixels).numpy() - mean) / std
+    distances = np.sqrt((z**2).mean(1)) / training["limit"]
+    novelty = read_predictions(scored[0] / "predictions.csv")["unlike"]
+    group = read_report(scored[0])["unlike"]
+    assert novelty.to_numpy() == pytest.approx(distances, abs=2e-3)
+    assert group["over"] == (novelty > 1).sum() and group["n"] == 24
+    shift = np.sqrt(max((z.mean(0) ** 2).mean() - 1 / 24, 0))
+    assert group["shift"] == pytest.approx(shift, abs=2e-3)
+    assert not group["elsewhere"]
 
-    for path in data.glob("test/*/*"):  # negatives
+
+def test_negatives_are_detected_as_a_group_and_noise_alone(run_evaluate, data, tmp_path, capsys):
+    for path in data.glob("test/*/*"):
         ImageOps.invert(Image.open(path).convert("L")).save(path)
-    assert evaluate.main(flags(data)) == 0
-    report, page = read_json(tmp_path / "results" / "metrics.json"), capsys.readouterr()
-    assert report["unlike"]["elsewhere"] and "these images come from elsewhere" in page.err
-    assert "Images unlike those of training: " in page.out
-    noise = tmp_path / "noise.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (224, 224), np.uint8)).save(noise)
-    assert evaluate.main(flags(data, noise)) == 0
+    assert run_evaluate("--data-dir", data) == 0
+    group, captured = read_report(tmp_path / "results")["unlike"], capsys.readouterr()
+    assert group["elsewhere"] and "another source" in captured.err
+    assert f"Images unlike the training images: {group['over']} of 24" in captured.out
+    noise = np.random.default_rng(0).integers(0, 256, (224, 224), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    assert run_evaluate(tmp_path / "noise.png") == 0
     assert "unlike the training images (" in capsys.readouterr().out

@@ -1,12 +1,10 @@
-"""cxr/patients.py: who is on an image, by names, metadata.csv and DICOM."""
+"""cxr/patients.py: the patient of an image, from metadata.csv, DICOM or the file name."""
 
-import os
 import random
-import shutil
 
 import pytest
 from faults import put
-from helpers import TINY, draw_dicoms, with_table
+from helpers import TINY, draw_dicoms, run_split, with_table
 
 import evaluate
 import split_val
@@ -16,14 +14,24 @@ from cxr.folders import CLASSES, SPLITS
 from cxr.patients import patient_from_name, read_split
 
 
-def test_names_tell_the_patient():
-    assert patient_from_name("person86_virus_1.jpeg") == "person86_virus"
-    assert patient_from_name("person86_virus_1.jpeg", cautious=True) == "person86"
-    assert patient_from_name("person86_bacteria_2.jpeg", cautious=True) == "person86"
-    assert patient_from_name("IM-0001-0002.jpeg") != patient_from_name("NORMAL2-IM-0001-0001.jpeg")
-    assert patient_from_name("NORMAL2-IM-0001-0001-0002.jpeg") == "NORMAL2-IM-0001"
-    assert patient_from_name("person447_virus_921_1.jpeg") == "person447_virus"
-    assert patient_from_name("scan.png") is None
+@pytest.mark.parametrize(
+    ("name", "patient"),
+    [
+        ("person86_virus_1.jpeg", "person86_virus"),
+        ("person447_virus_921_1.jpeg", "person447_virus"),
+        ("IM-0001-0002.jpeg", "IM-0001"),
+        ("NORMAL2-IM-0001-0001.jpeg", "NORMAL2-IM-0001"),
+        ("NORMAL2-IM-0001-0001-0002.jpeg", "NORMAL2-IM-0001"),
+        ("scan.png", None),
+    ],
+)
+def test_a_file_name_contains_the_patient(name, patient):
+    assert patient_from_name(name) == patient
+
+
+@pytest.mark.parametrize("name", ["person86_virus_1.jpeg", "person86_bacteria_2.jpeg"])
+def test_without_the_etiology_one_number_is_one_patient(name):
+    assert patient_from_name(name, with_etiology=False) == "person86"
 
 
 SCHEMES = {
@@ -33,92 +41,96 @@ SCHEMES = {
     "the other release": lambda label, p, i: (
         f"{('NORMAL', ('BACTERIA', 'VIRUS')[i % 2])[label]}-{p + 100 * label}-{i:04d}.jpeg"
     ),
-    "a table": lambda label, p, i: f"{random.Random(f'{label}{p}{i}').randrange(10**9)}.png",
+    "metadata.csv": lambda label, p, i: f"{random.Random(f'{label}{p}{i}').randrange(10**9)}.png",
 }
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_patients_of_four_images_stay_on_one_side_however_they_are_told(scheme, tmp_path):
-    patients, rows = {}, ["file_name,patient_id"]
+def test_the_four_images_of_a_patient_stay_in_one_split(scheme, tmp_path):
+    patients = {}
     for label, name in enumerate(CLASSES):
-        for patient in range(10):
-            for i in range(4):
-                file = SCHEMES[scheme](label, patient, i)
-                put(tmp_path / "train" / name / file, f"{label} {patient} {i}".encode())
-                patients[file] = label, patient
-                rows.append(f"{file},P{label}{patient}")
-    if scheme == "a table":
-        (tmp_path / "metadata.csv").write_text("\n".join(rows))
-    assert split_val.main(["--data-dir", str(tmp_path), "--per-class", "10"]) == 0
-    sides = [{patients[p.name] for p in tmp_path.glob(f"{s}/*/*")} for s in ("train", "val")]
-    assert len(sides[1]) == 4 and not sides[0] & sides[1]
+        for i in range(40):
+            file = SCHEMES[scheme](label, i // 4, i % 4)
+            put(tmp_path / "train" / name / file, f"{label} {i}".encode())
+            patients[file] = f"P{label}{i // 4}"
+    if scheme == "metadata.csv":
+        rows = [f"{file},{patient}" for file, patient in patients.items()]
+        with_table(tmp_path, "\n".join(["file_name,patient_id", *rows]))
+    assert run_split(tmp_path, "--per-class", 10) == 0
+    in_train, in_val = (
+        {patients[path.name] for path in tmp_path.glob(f"{split}/*/*")}
+        for split in ("train", "val")
+    )
+    assert len(in_val) == 4 and not in_train & in_val
 
 
-def test_what_a_table_leaves_open_is_told_with_its_number(data, capsys):
+# ---------------------------------------------------------------- metadata.csv
+
+
+def test_what_the_table_lacks_is_a_warning_and_is_counted(data, capsys):
+    split_val.main(with_table(data, "file_name,sex\nIM-0000-0001.jpeg,F\n"))
+    assert "no column patient_id" in capsys.readouterr().err
     images = sorted(path.name for path in data.glob("t*/NORMAL/*"))
     rows = [f"{name},P{(i + 1) // 2}" for i, name in enumerate(images)]
     text = "\n".join(["file_name,patient_id", *rows[:-1], f"{images[-1]},", "gone.png,P1"])
     split_val.main(with_table(data, text))
-    page = capsys.readouterr()
-    assert f"1 of {len(rows) + 1} rows have no image here, as gone.png" in page.err
-    assert "tells no patient of 57 of 88 images, as " in page.err
-    assert "patient P" in page.out  # pairs of names lie in train/ and test/
-    split_val.main(with_table(data, f"file_name,sex\n{images[0]},F\n"))
-    assert "no column patient_id" in capsys.readouterr().err
+    screen = capsys.readouterr()
+    assert f"1 of {len(rows) + 1} rows have no image, for example gone.png" in screen.err
+    assert "no patient_id for 57 of 88 images, for example " in screen.err
+    assert "patient P10 is in train and test" in screen.out
+
+
+@pytest.fixture
+def two_scans(data):
+    """A data folder with an image scan.jpeg in both classes of train/."""
+    for name in CLASSES:
+        source = sorted((data / "train" / name).iterdir())[1]
+        source.rename(source.with_name("scan.jpeg"))
+    return data
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (
-            "image,patient_id\n",
-            "row 1, column file_name: expected its name, and commas between columns",
-        ),
-        ("file_name\nIM-0000-0001.jpeg\nIM-0000-0001.jpeg\n", "row 3"),
+        ("image,patient_id\n", "row 1, column file_name: expected a column of this name"),
+        ("file_name\nIM-0000-0001.jpeg\nIM-0000-0001.jpeg\n", "row 3: IM-0000-0001.jpeg"),
+        ("file_name,patient_id\nscan.jpeg,7\n", "row 2: scan.jpeg is in"),
         ("", "an empty file"),
     ],
 )
-def test_a_table_that_makes_no_sense_is_refused(text, expected, data, capsys):
-    assert (data / "train" / "NORMAL" / "IM-0000-0001.jpeg").exists()
-    assert split_val.main(with_table(data, text)) == 2
+def test_a_table_that_makes_no_sense_is_refused(text, expected, two_scans, capsys):
+    assert (two_scans / "train/NORMAL/IM-0000-0001.jpeg").exists()
+    assert split_val.main(with_table(two_scans, text)) == 2
     assert expected in capsys.readouterr().err
 
 
-def test_two_files_of_one_name_need_their_path_which_holds_after_the_split(data, capsys):
-    for i, name in enumerate(CLASSES):
-        source = sorted((data / "train" / name).iterdir())[i]
-        source.rename(source.with_name("scan.jpeg"))
-    assert split_val.main(with_table(data, "file_name,patient_id\nscan.jpeg,7\n")) == 2
-    assert "row 2: scan.jpeg is in" in capsys.readouterr().err
+def test_a_path_in_the_table_is_still_valid_after_the_split(two_scans):
     rows = [f"train/{name}/scan.jpeg,{name}7" for name in CLASSES]
-    with_table(data, "\n".join(["file_name,patient_id", *rows]))
-    (data / "train" / "NORMAL" / "scan.jpeg").rename(data / "val" / "NORMAL" / "scan.jpeg")
-    found = read_split(data, "train", "val")
-    told = {image.patient for images in found.values() for image in images}
-    assert {"NORMAL7", "PNEUMONIA7"} <= told
+    with_table(two_scans, "\n".join(["file_name,patient_id", *rows]))
+    (two_scans / "train/NORMAL/scan.jpeg").rename(two_scans / "val/NORMAL/scan.jpeg")
+    xrays = read_split(two_scans, "train", "val")
+    assert {xray.patient for xray in xrays} >= {"NORMAL7", "PNEUMONIA7"}
 
 
-def test_spaces_in_a_table_separate_no_patient_and_odd_places_are_told(data, flags, capsys):
-    images = sorted(path.name for path in data.glob("train/NORMAL/*"))
-    with_table(data, f"file_name, patient_id\n{images[0]},P3\n{images[1]},P3 \n")
-    found = {i.path.name: i.patient for i in read_split(data, "train")["train"]}
-    assert found[images[0]] == found[images[1]] == "P3"
-    (data / "metadata.csv").rename(data / "train" / "metadata.csv")
-    assert train.main(flags(data, *TINY)) == 2
+def test_spaces_in_a_table_do_not_separate_a_patient(data):
+    first, second = sorted(path.name for path in data.glob("train/NORMAL/*"))[:2]
+    with_table(data, f"file_name, patient_id\n{first},P3\n{second},P3 \n")
+    patients = {xray.path.name: xray.patient for xray in read_split(data, "train")}
+    assert patients[first] == patients[second] == "P3"
+
+
+def test_a_table_inside_train_is_refused(data, run_train, capsys):
+    with_table(data / "train", "file_name,patient_id\n")
+    assert run_train(data=data) == 2
     assert f"expected it one level up, in {data}" in capsys.readouterr().err
-    (data / "train" / "metadata.csv").unlink()
-    (deeper := data / "train" / "NORMAL" / "more").mkdir()
-    for target in (deeper, data / "train"):
-        shutil.copy(data / "test" / "NORMAL" / os.listdir(data / "test" / "NORMAL")[0], target)
-    assert train.main(flags(data, *TINY, "--epochs", 1)) == 0
-    error = capsys.readouterr().err
-    assert f"{deeper}: the images in it are not read" in error
-    assert f"{data / 'train'}: the images directly in it are not read" in error
+
+
+# ---------------------------------------------------------------- DICOM
 
 
 @pytest.mark.parametrize("table", [True, False])
-def test_dicom_on_a_read_only_mount_comes_to_a_report_and_no_patient_is_on_two_sides(
-    table, tmp_path, flags, capsys
+def test_dicom_on_a_read_only_mount_gives_a_report_and_no_patient_is_in_two_splits(
+    table, tmp_path, flags, quick, capsys
 ):
     mount, data = tmp_path / "mount", tmp_path / "data"
     patients = draw_dicoms(mount, 12, table)
@@ -127,20 +139,20 @@ def test_dicom_on_a_read_only_mount_comes_to_a_report_and_no_patient_is_on_two_s
     try:
         before = {path: path.stat().st_mtime_ns for path in mount.rglob("*")}
         for _ in range(2):  # the second run links and moves nothing
-            assert split_val.main(["--data-dir", str(data), "--link-from", str(mount)]) == 0
+            assert run_split(data, "--link-from", mount) == 0
         assert train.main(flags(data, *TINY)) == evaluate.main(flags(data)) == 0
         assert {path: path.stat().st_mtime_ns for path in mount.rglob("*")} == before
     finally:
         for folder in (mount, *mount.rglob("*/")):
             folder.chmod(0o755)
-    sides = {split: set() for split in SPLITS}
+    in_split = {split: set() for split in SPLITS}
     for path in data.glob("*/*/*.dcm"):
         assert path.is_symlink() and path.resolve().parent.parent.parent == mount
-        sides[path.parts[-3]].add(patients[path.name])
-    assert len(sides["val"]) == 8 and not sides["train"] & sides["val"]
+        in_split[path.parts[-3]].add(patients[path.name])
+    assert len(in_split["val"]) == 8 and not in_split["train"] & in_split["val"]
     report = read_json(tmp_path / "results" / "metrics.json")
     assert (report["n"], report["patients"], report["names_without_patient"]) == (24, 12, 0)
     text = (tmp_path / "results" / "predictions.csv").read_text() + capsys.readouterr().out
-    assert "PACS" not in text  # no PatientID in what is sent around
-    groups = {each["group"] for each in report["subgroups"].values()}
+    assert "PACS" not in text  # PatientID stays private
+    groups = {subgroup["group"] for subgroup in report["subgroups"].values()}
     assert groups == ({"sex F", "sex M"} if table else set())

@@ -1,11 +1,11 @@
-"""cxr/predictions.py: the table predictions.csv, read strictly, and what --from makes of it."""
+"""cxr/predictions.py: the table predictions.csv, and scoring it again with --from."""
 
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import PICTURES, TABLES, read_report, read_rows, write_rows
+from helpers import PICTURES, TABLES, read_report, read_rows, snapshot, write_rows
 from simulated import by_scikit_learn
 
 import evaluate
@@ -13,7 +13,7 @@ from cxr.files import write_json
 from cxr.folders import CLASSES, list_split
 
 
-def test_predictions_csv_holds_every_image_and_agrees_with_the_report(scored, split_phantoms):
+def test_predictions_csv_has_a_row_for_every_image(scored, split_phantoms):
     rows, report = read_rows(scored[0] / "predictions.csv"), read_report(scored[0])
     paths = [path for path, _ in list_split(split_phantoms, "test")]
     expected = [path.relative_to(split_phantoms).as_posix() for path in paths]
@@ -22,60 +22,48 @@ def test_predictions_csv_holds_every_image_and_agrees_with_the_report(scored, sp
         assert row["file"].split("/")[1] == row["label"] and row["error"] == ""
         assert row["prediction"] == CLASSES[float(row["probability"]) > 0.5]
         assert f"{np.float32(row['probability']):.9g}" == row["probability"]
-    right = sum(row["label"] == row["prediction"] for row in rows)
-    assert report["metrics"]["accuracy"]["value"] == pytest.approx(right / 24)
+    n_correct = sum(row["label"] == row["prediction"] for row in rows)
+    assert report["metrics"]["accuracy"]["value"] == pytest.approx(n_correct / 24)
 
 
-def test_from_equals_the_original_run_and_needs_neither_images_nor_network(
-    scored, pictures, tmp_path, monkeypatch, rescore
+def test_from_needs_neither_images_nor_network(
+    scored, pictures, tmp_path, monkeypatch, rescore, capsys
 ):
     results = Path(shutil.copytree(scored[0], tmp_path / "results"))
+    before = snapshot(tmp_path)
     monkeypatch.chdir(tmp_path)  # where neither data/ nor model.pth is
+    assert evaluate.main(["--from", str(results / "predictions.csv")]) == 0
+    assert snapshot(tmp_path) == before  # without --results-dir it only prints
+    other = "Device: ", "Features", "Wrote ", "The report to read"
+    expected = [line for line in scored[1].splitlines() if not line.startswith(other)]
+    assert capsys.readouterr().out.splitlines() == expected
     status, again = rescore(results / "predictions.csv")
-    assert status == 0
-    assert read_report(again) == read_report(results)
+    assert status == 0 and read_report(again) == read_report(results)
     assert {path.name for path in again.iterdir()} == TABLES | PICTURES - {"worst.png"}
     for name in {"predictions.csv"} | PICTURES - {"worst.png"}:
         assert (again / name).read_bytes() == (results / name).read_bytes(), name
 
 
-@pytest.mark.usefixtures("quick")
-def test_from_without_a_results_folder_prints_the_same_and_writes_nothing(
-    scored, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    assert evaluate.main(["--from", str(scored[0] / "predictions.csv")]) == 0
-    other = "Device: ", "Features", "Written: ", "The page "
-    expected = [line for line in scored[1].splitlines() if not line.startswith(other)]
-    assert capsys.readouterr().out.splitlines() == expected
-    assert not [*tmp_path.iterdir()]
-    assert {path.name for path in scored[0].iterdir()} == TABLES | PICTURES
-
-
-def test_from_with_another_threshold_computes_every_number_again(scored, tmp_path, rescore):
-    results = Path(shutil.copytree(scored[0], tmp_path / "results"))
-    rows = read_rows(results / "predictions.csv")
-    probs = np.array([row["probability"] for row in rows], np.float32)
-    labels = np.array([CLASSES.index(row["label"]) for row in rows])
-    cut = float(np.sort(probs)[-6])
-    status, folder = rescore(results / "predictions.csv", "--threshold", cut)
-    report, expected = read_report(folder), by_scikit_learn(labels, probs, cut)
-    assert status == 0 and report["threshold"] == cut and report["threshold_from"] == "--threshold"
-    for name, value in expected.items():
-        assert report["metrics"][name]["value"] == pytest.approx(value, abs=1e-6), name
-    assert report["counts"]["tp"] + report["counts"]["fp"] == 5
-    found = [row["prediction"] for row in read_rows(folder / "predictions.csv")]
-    assert found.count("PNEUMONIA") == 5
-
-
-def test_from_takes_the_threshold_of_the_report_beside_it(tmp_path, rescore):
-    source = write_rows(tmp_path / "predictions.csv", [0, 1, 0, 1], [0.2, 0.9, 0.3, 0.4])
-    _, folder = rescore(source)
-    assert read_report(folder)["threshold"] == 0.5
-    write_json(tmp_path / "metrics.json", {"threshold": 0.25})
-    _, folder = rescore(source)
-    assert read_report(folder)["threshold"] == 0.25
-    assert read_report(folder)["threshold_from"] == f"{tmp_path / 'metrics.json'}, fixed in advance"
+@pytest.mark.parametrize(("stored", "flags"), [(None, ()), (0.7, ()), (0.25, ("--threshold", 0.7))])
+def test_from_takes_the_threshold_of_the_flag_or_of_metrics_json(stored, flags, tmp_path, rescore):
+    labels, probs = np.array([0, 1, 1, 0, 1]), np.array([0.1, 0.7, 0.8, 0.75, 0.2], np.float32)
+    source = write_rows(tmp_path / "predictions.csv", labels, [0.1, 0.7, 0.8, 0.75, 0.2])
+    threshold, origin = 0.5, "the default"
+    if stored:
+        threshold, origin = 0.7, f"{tmp_path / 'metrics.json'}, fixed in advance"
+        write_json(tmp_path / "metrics.json", {"threshold": stored})
+    if flags:
+        origin = "--threshold"
+    status, folder = rescore(source, *flags)
+    report = read_report(folder)
+    assert status == 0
+    assert report["threshold"] == threshold and report["threshold_from"] == origin
+    values = {name: metric["value"] for name, metric in report["metrics"].items()}
+    assert values == pytest.approx(by_scikit_learn(labels, probs, threshold), abs=1e-6)
+    counts = {"tp": 1 + (threshold == 0.5), "fp": 1, "tn": 1, "fn": 2 - (threshold == 0.5)}
+    assert report["counts"] == counts
+    positive = [row["prediction"] == "PNEUMONIA" for row in read_rows(folder / "predictions.csv")]
+    assert positive == [*(probs > np.float32(threshold))]  # at the threshold: normal
 
 
 @pytest.mark.parametrize("compared", [False, True])
@@ -87,6 +75,7 @@ def test_from_takes_the_threshold_of_the_report_beside_it(tmp_path, rescore):
         ("file,label\na,NORMAL\n", "row 1, column probability"),
         ("file,label,probability\n", "row 2, column file"),
         ("file,label,probability\na,NORMAL,0.1\nb,pneumonia,0.9\n", "row 3, column label"),
+        ("file,label,probability\na,,0.1\n", "row 2, column label"),  # of a new image
         ("file,label,probability\na,NORMAL,0.1\nb,PNEUMONIA,1.5\n", "row 3, column probability"),
         ("file,label,probability\na,NORMAL,0.1\nb,PNEUMONIA,nan\n", "row 3, column probability"),
         ("file,label,probability\na,NORMAL,\nb,PNEUMONIA,0.1\n", "row 2, column probability"),
@@ -97,9 +86,7 @@ def test_from_takes_the_threshold_of_the_report_beside_it(tmp_path, rescore):
         (b"\xff\xfe\x00", "not a CSV file"),
     ],
 )
-def test_a_malformed_csv_is_one_line_that_names_row_and_column(
-    text, words, compared, tmp_path, capsys, rescore
-):
+def test_an_error_in_a_table_names_row_and_column(text, words, compared, tmp_path, capsys, rescore):
     bad = tmp_path / "p.csv"
     bad.write_bytes(text if isinstance(text, bytes) else text.encode())
     source, flags = bad, ()
@@ -113,7 +100,7 @@ def test_a_malformed_csv_is_one_line_that_names_row_and_column(
 
 
 @pytest.mark.parametrize("label", [0, 1])
-def test_one_class_alone_is_refused(label, tmp_path, capsys, rescore):
+def test_a_table_of_one_class_is_refused(label, tmp_path, capsys, rescore):
     status, folder = rescore(write_rows(tmp_path / "p.csv", [label] * 3, [0.1, 0.5, 0.9]))
     err = capsys.readouterr().err
     assert status == 2 and CLASSES[1 - label] in err and err.count("\n") == 1

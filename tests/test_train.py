@@ -1,30 +1,22 @@
 """train.py as a user runs it: main([...]) on drawn phantoms, then the written files are read."""
 
-import csv
-import hashlib
 import subprocess
 import sys
 from argparse import Namespace
+from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers import ROOT, TINY_FAST, read_about
+from faults import listing
+from helpers import ROOT, TINY_FAST, path_flags, read_about, read_rows
 from torch import nn
 
 import common
 import train
+from cxr.files import hash_file
 from cxr.folders import CLASSES
 from cxr.patients import read_split
-
-
-@pytest.fixture
-def read_history(tmp_path):
-    def read():
-        with open(tmp_path / "results" / "history.csv", newline="") as file:
-            rows = list(csv.DictReader(file))
-        return [{name: float(value) for name, value in row.items()} for row in rows]
-
-    return read
+from train import HeadData
 
 
 def settings(**changes):
@@ -32,124 +24,114 @@ def settings(**changes):
     return Namespace(**(flags | changes))
 
 
-def drawn(n=60, width=8, n_views=3, seed=0):
-    """(features float32 (n, n_views, width), labels float32 (n,)) that can be learned."""
-    generator = torch.Generator().manual_seed(seed)
+def learnable_data(n=60, width=8):
+    """Three views of n images; the first feature depends on the label. Validates on view 0."""
+    generator = torch.Generator().manual_seed(0)
     labels = (torch.arange(n) % 2).float()
-    features = torch.randn(n, n_views, width, generator=generator)
+    features = torch.randn(n, 3, width, generator=generator)
     features[:, :, 0] += 2 * labels[:, None]
-    return 3 * features + 5, labels
+    features = 3 * features + 5
+    return HeadData(features, labels, features[:, 0], labels)
+
+
+def train_silently(data, seed=0, **changes):
+    return train.train_head(data, settings(**changes), seed, log=lambda line: None)
 
 
 # ---------------------------------------------------------------- what is written
 
 
-def test_a_run_prints_the_reference_s_lines_and_writes_every_file(
-    run_train, read_history, tmp_path, capsys
-):
+def test_the_screen_and_the_files_of_a_training_agree(run_train, tmp_path, capsys):
     assert run_train("--epochs", 6) == 0
-    out = capsys.readouterr().out
-    history, model = read_history(), read_about(tmp_path)
-    assert [row["epoch"] for row in history] == list(range(1, len(history) + 1))
-    first = history[0]
-    train_part = f"Train Loss: {first['train_loss']:.4f}, Train Acc: {first['train_accuracy']:.4f}"
-    val_part = f"Val Loss: {first['val_loss']:.4f}, Val Acc: {first['val_accuracy']:.4f}"
-    assert f"Epoch [1/6], {train_part}, {val_part}" in out
-    best = min(history, key=lambda row: row["val_loss"])
+    out, model = capsys.readouterr().out, read_about(tmp_path)
+    lines = [line for line in out.splitlines() if line.startswith("Epoch [")]
+    rows = read_rows(tmp_path / "results" / "history.csv")
+    rows = [{name: float(value) for name, value in row.items()} for row in rows]
+    for epoch, (row, line) in enumerate(zip(rows, lines, strict=True), 1):
+        train_part = f"Train Loss: {row['train_loss']:.4f}, Train Acc: {row['train_accuracy']:.4f}"
+        val_part = f"Val Loss: {row['val_loss']:.4f}, Val Acc: {row['val_accuracy']:.4f}"
+        assert f"Epoch [{epoch}/6], {train_part}, {val_part}" in line
+    best = min(rows, key=lambda row: row["val_loss"])
     assert f"Training complete. Best validation loss: {best['val_loss']:.4f}" in out
     assert model["epoch"] == best["epoch"]
     assert model["val_loss"] == pytest.approx(best["val_loss"])
-    assert model["sha256"] == hashlib.sha256((tmp_path / "model.pth").read_bytes()).hexdigest()
+    written = {"model.json", "model.pth", "results", "history.csv", "curves.png", "samples.png"}
+    assert {path.name for path in tmp_path.rglob("*")} == written
+    assert model["sha256"] == hash_file(tmp_path / "model.pth")
     assert len(model["images"]["train"]) == 40 and len(model["images"]["val"]) == 24
     assert model["arch"] == "tinynet" and model["classes"] == ["NORMAL", "PNEUMONIA"]
     assert model["window"] == 2 and "Resize" in model["transforms"][0]
-    for name in ("curves.png", "samples.png"):
-        assert (tmp_path / "results" / name).read_bytes().startswith(b"\x89PNG")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.json", "model.pth", "results"]
 
 
-def test_no_tensor_of_the_backbone_changes(run_train, tmp_path):
+def test_no_tensor_of_the_backbone_changes(trained):
     before = common.build_backbone("tinynet").network.state_dict()
-    assert run_train("--epochs", 3) == 0
-    after = torch.load(tmp_path / "model.pth")
+    after = torch.load(trained / "model.pth")
     assert set(after) - set(before) == {"fc.weight", "fc.bias"}
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-def test_one_seed_gives_one_model_and_another_seed_another(run_train, tmp_path):
-    models = []
-    for seed in (0, 0, 1):
-        torch.rand(5)  # what was drawn before must not matter
-        assert run_train("--epochs", 3, "--seed", seed) == 0
-        models.append((tmp_path / "model.pth").read_bytes())
-    assert models[0] == models[1] != models[2]
-
-
-def test_training_separates_what_is_separable_and_not_shuffled_labels(
-    run_train, data, tmp_path, capsys
-):
-    assert run_train("--epochs", 30, "--arch", "resnet18", "--views", 1, data=data) == 0
-    learned = read_about(tmp_path)["val_accuracy"]
-    halves = [
-        path
-        for split in ("train", "val")
-        for name in CLASSES
-        for path in sorted((data / split / name).iterdir())[::2]
-    ]
-    for path in halves:  # half of each class change sides
+def test_training_separates_the_phantoms_but_not_shuffled_labels(run_train, data, tmp_path):
+    resnet18 = ("--epochs", 30, "--arch", "resnet18", "--views", 1)
+    assert run_train(*resnet18) == 0
+    assert read_about(tmp_path)["val_accuracy"] >= 0.9
+    for path in [p for split in ("train", "val") for p in sorted((data / split).glob("*/*"))[::2]]:
         other = CLASSES[1 - CLASSES.index(path.parent.name)]
-        path.rename(path.parent.parent / other / f"moved-{path.name}")
-    assert run_train("--epochs", 30, "--arch", "resnet18", "--views", 1, data=data) == 0
-    assert learned >= 0.9 > 0.8 > read_about(tmp_path)["val_accuracy"]
+        path.rename(path.parent.parent / other / f"moved-{path.name}")  # half of each class
+    assert run_train(*resnet18, data=data) == 0
+    assert read_about(tmp_path)["val_accuracy"] < 0.8
 
 
-def test_many_seeds_print_a_line_each_and_save_their_mean(run_train, tmp_path, capsys):
-    heads = []
-    for seed in (0, 1, 2):
+def test_a_seed_gives_one_model_and_several_seeds_give_their_mean(run_train, tmp_path, capsys):
+    heads, contents = [], []
+    for seed in (0, 0, 1, 2):
+        torch.rand(5)  # numbers drawn before must not matter
         assert run_train("--seed", seed, "--no-calibrate") == 0
         heads.append(torch.load(tmp_path / "model.pth"))
+        contents.append((tmp_path / "model.pth").read_bytes())
+    assert contents[0] == contents[1] != contents[2]
     capsys.readouterr()
     assert run_train("--seeds", 3, "--no-calibrate") == 0
     out, mean = capsys.readouterr().out, torch.load(tmp_path / "model.pth")
     assert all(f"Seed {seed}: epoch" in out for seed in (0, 1, 2)) and "deviation" in out
     for name in ("fc.weight", "fc.bias"):
-        expected = torch.stack([head[name] for head in heads]).mean(0)
+        expected = torch.stack([head[name] for head in heads[1:]]).mean(0)
         assert torch.allclose(mean[name], expected, rtol=1e-5)
     assert len(read_about(tmp_path)["seeds"]) == 3
 
 
-def test_the_report_of_an_earlier_model_is_pointed_out(run_train, tmp_path, capsys):
-    assert run_train("--epochs", 1) == 0 and "earlier model" not in capsys.readouterr().out
-    (tmp_path / "results" / "metrics.json").write_text("{}")
+def test_a_report_of_an_earlier_model_is_pointed_out(run_train, tmp_path, capsys):
     assert run_train("--epochs", 1) == 0
-    assert "metrics.json is about an earlier model" in capsys.readouterr().out
+    assert "earlier model" not in capsys.readouterr().out
+    report = tmp_path / "results" / "metrics.json"
+    report.write_text("{}")
+    assert run_train("--epochs", 1) == 0
+    assert f"{report} belongs to an earlier model" in capsys.readouterr().out
 
 
-def test_classes_of_other_sizes_are_weighted_and_that_is_said(data, flags, capsys):
+def test_the_weight_of_the_larger_class_is_printed(data, flags, capsys):
     for path in sorted((data / "train" / "NORMAL").iterdir())[5:]:
         path.unlink()
     assert train.main(flags(data, *TINY_FAST)) == 0
-    said = "Training on 5 NORMAL and 20 PNEUMONIA images: a PNEUMONIA image weighs 0.25 in the loss"
-    assert said in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if line.startswith("Training on")]
+    assert "5 NORMAL and 20 PNEUMONIA images" in line
+    assert "each PNEUMONIA image has the weight 0.25" in line
 
 
 # ---------------------------------------------------------------- the loop
 
 
-def test_the_feature_loop_is_the_plain_loop(split_phantoms):
-    """The same draws of the same views, once from features and once through the whole network."""
-    found = read_split(split_phantoms, "train", "val")
-    images = found["train"][12:28] + found["val"][6:18]
-    labels = torch.tensor([float(image.label) for image in images])
+def test_the_loop_on_features_is_the_usual_loop_through_the_whole_network(split_phantoms):
+    xrays = read_split(split_phantoms, "train")[12:28] + read_split(split_phantoms, "val")[6:18]
+    labels = torch.tensor([float(xray.label) for xray in xrays])
     backbone = common.build_backbone("tinynet")
-    args = settings(no_cache=True, cache_dir=None, batch_size=6, workers=0, epochs=3, patience=0)
-    device = torch.device("cpu")
-    features, _ = common.extract_features(backbone, images, 3, 2.0, device, torch.float32, args)
-    data = features[:16], labels[:16], features[16:, 0], labels[16:]
-    found = train.train_head(*data, args, seed=7, log=lambda line: None)
-
-    views = common.Views(images, 3, 2.0)
-    pixels = torch.stack([common.NORMALIZE(views[i][1]) for i in range(len(images))])
+    args = settings(no_cache=True, skip_bad=False, batch_size=6, workers=0, epochs=3, patience=0)
+    options = {"device": torch.device("cpu"), "dtype": torch.float32}
+    features, *_ = common.extract_features(backbone, xrays, args, n_views=3, window=2.0, **options)
+    data = HeadData(features[:16], labels[:16], features[16:, 0], labels[16:])
+    history = train.train_head(data, args, seed=7, log=lambda line: None).history
+    views = common.Views(xrays, 3, 2.0)
+    pixels = torch.stack([common.NORMALIZE(views[i][1]) for i in range(len(xrays))])
     torch.manual_seed(7)
     standardize, fc = train.Standardize(features[:16]), nn.Linear(8, 1)
     network = nn.Sequential(backbone.network, standardize, fc)
@@ -165,127 +147,104 @@ def test_the_feature_loop_is_the_plain_loop(split_phantoms):
             optimizer.step()
         with torch.no_grad():
             loss = criterion(network(pixels[16:, 0]).flatten(), labels[16:]).item()
-        assert loss == pytest.approx(found.history[epoch][3], abs=1e-4)
+        assert loss == pytest.approx(history[epoch]["val_loss"], abs=1e-4)
 
 
 def test_early_stopping_plateau_and_best_epoch_follow_the_validation_loss(monkeypatch):
-    losses = iter([0.9, 0.5, 0.6, 0.6, 0.6, 0.4, 0.45, 0.45, 0.45, 0.45, 0.45, 0.1])
-    monkeypatch.setattr(train, "validate", lambda *_: (next(losses), 0.5))
-    lines, (x, y) = [], drawn()
-    found = train.train_head(x, y, x[:, 0], y, settings(), 0, lines.append)
-    assert (found.epoch, found.val_loss, len(found.history)) == (6, 0.4, 11)
+    losses, lines = [0.9, 0.5, 0.6, 0.6, 0.6, 0.4, 0.45, 0.45, 0.45, 0.45, 0.45, 0.1], []
+    monkeypatch.setattr(train, "validate", Mock(side_effect=[(loss, 0.5) for loss in losses]))
+    best = train.train_head(learnable_data(), settings(), 0, lines.append)
+    assert (best.epoch, best.val_loss, len(best.history)) == (6, 0.4, 11)
     assert lines[-1] == "Early stopping triggered" and len(lines) == 12
-    assert [row[5] for row in found.history] == [1e-3] * 5 + [5e-4] * 4 + [2.5e-4] * 2
+    assert [row["lr"] for row in best.history] == [1e-3] * 5 + [5e-4] * 4 + [2.5e-4] * 2
 
 
 def test_the_saved_head_is_that_of_the_best_epoch_and_takes_raw_features():
-    x, y = drawn()
-    found = train.train_head(x, y, x[:, 0], 1 - y, settings(), 0, lambda line: None)
-    assert found.epoch < len(found.history)  # it soon gets worse on the swapped labels
-    until_best = settings(epochs=found.epoch, patience=0)
-    again = train.train_head(x, y, x[:, 0], 1 - y, until_best, 0, lambda line: None)
-    assert torch.equal(found.head.weight, again.head.weight)
-    criterion = train.balanced_criterion(y)
-    loss, _ = train.validate(found.head, x[:, 0], 1 - y, criterion)
-    assert loss == pytest.approx(found.val_loss, abs=1e-5)
+    data = learnable_data()
+    data = data._replace(val_labels=1 - data.val_labels)  # the val loss soon increases
+    best = train_silently(data)
+    assert best.epoch < len(best.history)
+    again = train_silently(data, epochs=best.epoch, patience=0)
+    assert torch.equal(best.head.weight, again.head.weight)
+    loss, _ = train.validate(best.head, data, train.balanced_criterion(data.train_labels))
+    assert loss == pytest.approx(best.val_loss, abs=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 33, 1000])
-def test_every_image_counts_once_whatever_the_batch_size(batch_size):
-    x, y = drawn(33)
-    args, model = settings(), nn.Linear(8, 1)
-    seen = []
-    model.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+def test_every_image_counts_once_with_every_batch_size(batch_size):
+    data = learnable_data(33)
+    data = data._replace(train_features=data.train_features[:, :1])
+    model, batches = nn.Linear(8, 1), []
+    model.register_forward_hook(lambda module, inputs, output: batches.append(inputs[0]))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.0)
-    criterion = train.balanced_criterion(y)
-    generator = torch.Generator().manual_seed(0)
-    data = x[:, :1], y, criterion, optimizer, batch_size, generator
-    loss, accuracy = train.train_one_epoch(model, *data)
-    assert sum(seen) == 33 and max(seen) == min(batch_size, 33)
-    expected = train.validate(model, x[:, 0], y, criterion)
-    assert (loss, accuracy) == pytest.approx(expected, abs=1e-5) and args.patience == 5
+    criterion, rng = train.balanced_criterion(data.train_labels), torch.Generator().manual_seed(0)
+    result = train.train_one_epoch(model, data, criterion, optimizer, batch_size, rng)
+    assert max(len(batch) for batch in batches) == min(batch_size, 33)
+    assert sorted(torch.cat(batches).tolist()) == sorted(data.val_features.tolist())
+    assert result == pytest.approx(train.validate(model, data, criterion), abs=1e-5)
 
 
-def test_unbalanced_classes_weigh_the_same_in_the_loss():
-    labels = torch.tensor([0.0, 0, 0, 1])
-    criterion = train.balanced_criterion(labels)
-    logits = torch.full((4,), -2.0)
-    each = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-    assert criterion(logits, labels).item() == pytest.approx(
-        ((each[:3].sum() + 3 * each[3]) / 4).item()
-    )
+def test_both_classes_have_the_same_weight_in_the_loss():
+    labels, logits = torch.tensor([0.0, 0, 0, 1]), torch.full((4,), -2.0)
+    losses = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    expected = (losses[:3].sum() + 3 * losses[3]) / 4
+    assert train.balanced_criterion(labels)(logits, labels).item() == pytest.approx(expected.item())
 
 
-def test_a_feature_that_is_constant_in_training_is_not_blown_up():
-    x, y = drawn()
-    x[:, :, 3] = 7
-    changed = x.clone()
-    changed[:, :, 3] = 7.5
-    head = train.train_head(x, y, x[:, 0], y, settings(), 0, lambda line: None).head
-    assert (head(changed[:, 0]) - head(x[:, 0])).abs().max() < 1
+def test_a_feature_that_is_constant_in_training_does_not_become_huge():
+    data = learnable_data()
+    data.train_features[:, :, 3] = 7  # and that of val, the same memory
+    changed = data.val_features.clone()
+    changed[:, 3] = 7.5
+    head = train_silently(data).head
+    assert (head(changed) - head(data.val_features)).abs().max() < 1
 
 
 def test_a_head_has_the_same_bits_on_any_number_of_threads():
-    x, y = drawn(200, width=512)
-    heads = []
+    data, weights = learnable_data(200, width=512), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
         with train.one_thread():
-            heads.append(
-                train.train_head(x, y, x[:, 0], y, settings(epochs=3), 0, lambda line: None)
-            )
+            weights.append(train_silently(data, epochs=3).head.weight)
         assert torch.get_num_threads() == threads
-    assert torch.equal(heads[0].head.weight, heads[1].head.weight)
+    assert torch.equal(*weights)
 
 
 # ---------------------------------------------------------------- what ends a run
 
 
-@pytest.mark.parametrize("epoch", [1, 3])
-def test_a_loss_that_is_not_finite_stops_with_3_and_saves_nothing(
-    run_train, tmp_path, monkeypatch, capsys, epoch
+@pytest.mark.parametrize(
+    ("scores", "status", "words"),
+    [
+        ([(float("nan"), 0.5)], 3, "epoch 1: the loss is not finite"),
+        ([(0.5, 0.5), (0.5, 0.5), (float("nan"), 0.5)], 3, "epoch 3: the loss is not finite"),
+        ([KeyboardInterrupt], 130, "interrupted"),
+    ],
+)
+def test_a_loss_that_is_not_finite_or_ctrl_c_in_the_first_epoch_leaves_the_old_model(
+    run_train, tmp_path, monkeypatch, capsys, scores, status, words
 ):
-    losses = iter([0.5] * (epoch - 1) + [float("nan")])
-    monkeypatch.setattr(train, "validate", lambda *_: (next(losses), 0.5))
-    assert run_train() == 3
-    assert f"epoch {epoch}: the loss is not finite" in capsys.readouterr().err
-    assert not (tmp_path / "model.pth").exists()
-
-
-def test_ctrl_c_keeps_and_saves_the_best_epoch_so_far(run_train, tmp_path, monkeypatch, capsys):
-    calls, validate = [], train.validate
-
-    def interrupt(*args):
-        calls.append(args)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return validate(*args)
-
-    monkeypatch.setattr(train, "validate", interrupt)
-    assert run_train() == 130
-    err = capsys.readouterr().err.splitlines()[-1]
-    assert "interrupted after 3 epochs" in err and "kept the best so far" in err
-    model = read_about(tmp_path)
-    assert model["epoch"] <= 3 and (tmp_path / "model.pth").exists()
-
-
-def test_ctrl_c_before_the_first_epoch_leaves_the_old_model(run_train, tmp_path, monkeypatch):
     (tmp_path / "model.pth").write_text("old")
+    monkeypatch.setattr(train, "validate", Mock(side_effect=scores))
+    assert run_train() == status and words in capsys.readouterr().err
+    assert (tmp_path / "model.pth").read_text() == "old"
 
-    def interrupt(*_):
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "validate", interrupt)
-    assert run_train() == 130 and (tmp_path / "model.pth").read_text() == "old"
+def test_ctrl_c_saves_the_best_epoch_so_far(run_train, tmp_path, monkeypatch, capsys):
+    scores = [(0.6, 0.5), (0.4, 0.5), (0.5, 0.5), KeyboardInterrupt]
+    monkeypatch.setattr(train, "validate", Mock(side_effect=scores))
+    assert run_train() == 130
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "interrupted after 3 epochs" in line and "saved epoch 2" in line
+    assert read_about(tmp_path)["epoch"] == 2 and (tmp_path / "model.pth").exists()
 
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--arch", "resnet5"], "perhaps resnet50"),
-        (["--arch", "fasterrcnn_resnet50_fpn"], "no classifier"),
-        (["--arch", "squeezenet1_0"], "expected a network that ends in a Linear"),
-        (["--weights", "radnom"], "radnom: no such file"),
+        (["--arch", "resnet5"], "resnet50"),
+        (["--arch", "fasterrcnn_resnet50_fpn"], "not a classifier"),
+        (["--arch", "squeezenet1_0"], "must be a Linear layer"),
         (["--device", "gpu"], "expected auto, cpu, cuda"),
         (["--folds", "2"], "expected 3 or more"),
         (["--repeats", "2"], "--repeats needs --folds"),
@@ -296,49 +255,38 @@ def test_ctrl_c_before_the_first_epoch_leaves_the_old_model(run_train, tmp_path,
         (["--epoch", "x"], "--epoch"),
         (["--checkpoint", "model.txt"], "expected a name like model.pth"),
         (["--checkpoint", "split_val.pth"], "expected a name like model.pth"),
-        (["--data-dir", "nowhere"], "nowhere"),
     ],
 )
-def test_a_mistake_gets_one_line_and_2(run_train, tmp_path, capsys, flags, expected):
-    try:
-        status = run_train(*flags)
-    except SystemExit as stop:
-        status = stop.code
-    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" not in line]
-    assert status == 2 and len(lines) == 1 and expected in lines[0]
-    assert not (tmp_path / "model.pth").exists()
+def test_a_mistake_gets_one_line_and_2_and_changes_nothing(refused, home, flags, expected):
+    before = listing(home)
+    assert expected in refused(2, "train", *flags)
+    assert listing(home) == before
 
 
-# ---------------------------------------------------------------- torchrun
+TORCHRUN = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
 
 
-def command(data, tmp_path, cache, *flags):
-    paths = ("--data-dir", data, "--checkpoint", tmp_path / "model.pth")
-    fixed = ("--results-dir", tmp_path / "results", "--cache-dir", cache, "--weights", "random")
-    words = ("train.py", *paths, *fixed, "--arch", "mobilenet_v3_small", *flags)
-    return [str(word) for word in words]
-
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def run_process(launcher, data, folder, cache="cache"):
+    """Runs train.py in processes of its own, with all output in `folder`."""
+    network = ("--weights", "random", "--arch", "mobilenet_v3_small")
+    flags = path_flags(data, folder, folder / cache, *network, "--views", 2, "--epochs", 3)
+    command = [sys.executable, *launcher, "train.py", *flags, "--device", "auto"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 def test_two_processes_of_torchrun_give_the_model_of_one(split_phantoms, tmp_path):
-    flags = ("--views", "2", "--epochs", "3")
-    two = TORCHRUN + command(split_phantoms, tmp_path, tmp_path / "a", *flags)
-    two = subprocess.run(two, cwd=ROOT, capture_output=True, text=True)
+    two = run_process(TORCHRUN, split_phantoms, tmp_path)
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("Training complete") == 1
-    assert len(list((tmp_path / "a").glob("*/*.npz"))) == 64
+    assert len(list((tmp_path / "cache").glob("*/*.npz"))) == 64
     model = (tmp_path / "model.pth").read_bytes()
-    one = [sys.executable, *command(split_phantoms, tmp_path, tmp_path / "b", *flags)]
-    one = subprocess.run(one, cwd=ROOT, capture_output=True, text=True)
+    one = run_process((), split_phantoms, tmp_path, "another cache")
     assert one.returncode == 0, one.stderr
     assert (tmp_path / "model.pth").read_bytes() == model
 
 
-def test_an_image_that_no_rank_can_read_is_told_once_and_ends_all(data, tmp_path):
+def test_torchrun_names_an_unreadable_image_once_and_ends(data, tmp_path):
     (data / "train" / "NORMAL" / "IM-0003-0001.jpeg").write_bytes(b"")
-    two = TORCHRUN + command(data, tmp_path, tmp_path / "a", "--views", "1")
-    two = subprocess.run(two, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    two = run_process(TORCHRUN, data, tmp_path)
     assert two.returncode != 0 and not (tmp_path / "model.pth").exists()
     assert two.stderr.count("IM-0003-0001.jpeg: the file is empty") == 1
