@@ -72,9 +72,10 @@ fuzz: .venv/installed-tests  ## minutes of damaged images, checkpoints and recor
 	$(PY) -m pytest -q -n 2 --dist worksteal tests --fuzz $(ARGS)
 bench: .venv/installed-tests  ## the speed table
 	$(PY) tests/bench.py $(ARGS)
-lint: .venv/installed-tests  ## format and style
+lint: .venv/installed-tests  ## format, style and import directions
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
+	.venv/bin/lint-imports --no-logo --no-cache
 
 clean:  ## delete the environment, caches and the demo; data, models and results stay
-	rm -rf .venv .cache demo .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	rm -rf .venv .cache demo .pytest_cache .ruff_cache __pycache__ cxr/__pycache__ tests/__pycache__

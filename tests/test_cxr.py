@@ -1,0 +1,39 @@
+"""The package as a whole: what an import loads, and in which direction the imports go."""
+
+import subprocess
+import sys
+
+import pytest
+
+SCRIPTS = ("split_val", "train", "evaluate")
+
+
+def modules_after(statement, folder):
+    """Returns the names of all modules that are loaded after a statement in a new process."""
+    code = f"{statement}; import sys; print(*sys.modules)"
+    command = [sys.executable, "-c", code]
+    return set(subprocess.check_output(command, cwd=folder, text=True).split())
+
+
+def test_a_training_does_not_load_the_packages_that_take_a_second(pytestconfig):
+    loaded = modules_after("import train", pytestconfig.rootpath)
+    assert "torch" in loaded
+    assert not loaded & {"scipy", "sklearn", "torchmetrics", "pandas", "matplotlib", "pydicom"}
+
+
+def test_a_split_loads_neither_scipy_nor_the_check(pytestconfig):
+    loaded = modules_after("import split_val", pytestconfig.rootpath)
+    assert not loaded & {"scipy", "sklearn", "torchmetrics", "pandas", "cxr.check"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_script_imports_another_one(script, pytestconfig):
+    loaded = modules_after(f"import {script}", pytestconfig.rootpath)
+    assert loaded & set(SCRIPTS) == {script}
+
+
+def test_no_module_of_cxr_imports_common_or_a_script(pytestconfig):
+    names = [path.stem for path in (pytestconfig.rootpath / "cxr").glob("[a-z]*.py")]
+    assert len(names) > 20
+    imports = "import " + ", ".join(f"cxr.{name}" for name in names)
+    assert not modules_after(imports, pytestconfig.rootpath) & {"common", *SCRIPTS}
