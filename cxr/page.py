@@ -245,7 +245,7 @@ def write_page(folder, report, pictures):
     figures = {name: picture_html(folder, name) for name in pictures}
     worst = figures.pop("worst", "")  # in a section of its own
     if worst:
-        worst = f"<h2>The largest errors</h2>{worst}"
+        worst = f"<h2>Images to look at first</h2>{worst}"
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE_SHEET}</style>

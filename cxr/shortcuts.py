@@ -251,7 +251,7 @@ def find_properties(examined):
         # By chance, 8 images of a balanced data set have one class once in 128 times.
         if len(classes) == 1 and folders.total() >= 8:
             images = f"all {folders.total()} {name} images are in {' and '.join(folders)}"
-            advice = "The network could learn traces of it. Convert all images to one kind"
+            advice = "The network could learn how files were made. Convert all to one kind"
             warnings.append(f"shortcut: {images}. {advice}")
     return entries, [], warnings
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 from faults import put
-from helpers import TINY, draw_dicoms, run_split, with_table
+from helpers import LEVELS, TINY, draw_dicoms, run_split, with_table, write_dicom
 
 import evaluate
 import split_val
@@ -156,3 +156,15 @@ def test_dicom_on_a_read_only_mount_gives_a_report_and_no_patient_is_in_two_spli
     assert "PACS" not in text  # PatientID stays private
     groups = {subgroup["group"] for subgroup in report["subgroups"].values()}
     assert groups == ({"sex F", "sex M"} if table else set())
+
+
+def test_the_table_comes_before_dicom_and_dicom_before_the_file_name(tmp_path):
+    for number, name in enumerate(CLASSES):
+        path = tmp_path / "train" / name / f"IM-000{number}-0001.dcm"
+        path.parent.mkdir(parents=True)
+        write_dicom(path, LEVELS[: 200 + number], PatientID=f"PACS-{number}")
+    for xray in read_split(tmp_path, "train"):
+        assert xray.patient == xray.group and xray.patient.startswith("ID-")
+    with_table(tmp_path, "file_name,patient_id\nIM-0000-0001.dcm,P7\n")
+    first, second = read_split(tmp_path, "train")
+    assert first.patient == first.group == "P7" and second.patient.startswith("ID-")
