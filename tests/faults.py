@@ -14,6 +14,7 @@ import sys
 import tarfile
 import time
 import zlib
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -135,9 +136,6 @@ class Steps:
             raise OSError(self.number, os.strerror(self.number))
 
 
-# ---------------------------------------------------------------- processes
-
-
 def plain(patch):
     """Makes the scripts write the same bytes in every run, with few bootstrap samples."""
     patch(Figure, "savefig", lambda figure, file, **_: file.write(b"a picture"))
@@ -203,7 +201,6 @@ def wait_for(text, log, seconds=60):
 
 
 def wait_for_end(session, seconds=8):
-    """Waits until no process of the session is alive."""
     deadline = time.time() + seconds
     while living(session):
         assert time.time() < deadline, f"{living(session)} are alive"
@@ -219,9 +216,6 @@ def living(session):
             if int(leader) == session and state != "Z":
                 ids.append(path.parent.name)
     return ids
-
-
-# ---------------------------------------------------------------- checkpoints
 
 
 class Touch:
@@ -284,11 +278,7 @@ def absurd(state):
     }
 
 
-# ---------------------------------------------------------------- images and folders
-
-
 def encoded(image, form="png", **options):
-    """Returns the content of an image file."""
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
     return buffer.getvalue()
@@ -306,31 +296,20 @@ def black(size, mode="1", form="png", colour=0):
     return encoded(Image.new(mode, size, colour), form)
 
 
-def hidden():
-    """Returns a black PNG whose picture is in its alpha channel."""
-    image = Image.new("LA", (256, 256))
-    image.putalpha(Image.radial_gradient("L"))
-    return encoded(image)
-
-
-def pages():
-    """Returns a TIFF of two pictures."""
-    page = Image.radial_gradient("L")
-    return encoded(page, "tiff", save_all=True, append_images=[page])
-
-
-def png_of_16_bits(colour_type, size=256):
+def png_of_16_bits(colour_type, channels):
     """Returns a PNG with 16 bits per channel. colour_type: 2 for RGB, 4 for grey and alpha."""
-    channels = {2: 3, 4: 2}[colour_type]
-    pixels = np.tile(np.arange(size, dtype=">u2")[None, :, None] * 16, (size, 1, channels))
-    lines = b"".join(b"\0" + row.tobytes() for row in pixels)
-    header = struct.pack(">IIBBBBB", size, size, 16, colour_type, 0, 0, 0)
+    row = np.repeat(np.arange(256, dtype=">u2") * 16, channels).tobytes()
+    lines = 256 * (b"\0" + row)
+    header = struct.pack(">IIBBBBB", 256, 256, 16, colour_type, 0, 0, 0)
     content = b"\x89PNG\r\n\x1a\n"
     for chunk in (b"IHDR" + header, b"IDAT" + zlib.compress(lines), b"IEND"):
         content += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
     return content
 
 
+DISC = Image.radial_gradient("L")
+IN_ALPHA = encoded(Image.merge("LA", (Image.new("L", DISC.size), DISC)))
+TWO_PAGES = encoded(DISC, "tiff", save_all=True, append_images=[DISC])
 # name: (file name, content or target of a link, words of the reason)
 BAD_IMAGES = {
     "empty": ("x.jpeg", b"", "the file is empty"),
@@ -346,10 +325,10 @@ BAD_IMAGES = {
     "larger bomb": ("x.png", black((14000, 14000)), "pixels"),
     "thread": ("x.png", picture(size=(3000, 1)), "3000x1 pixels, which is not the shape"),
     "one grey level": ("x.png", black((90, 90), "L"), "the same grey level"),
-    "picture in the alpha channel": ("x.png", hidden(), "the same grey level"),
-    "several pages": ("x.tiff", pages(), "2 pictures in one file"),
-    "16 bits in colour": ("x.png", png_of_16_bits(2), "16 bits per channel"),
-    "16 bits and alpha": ("x.png", png_of_16_bits(4), "16 bits per channel"),
+    "picture in the alpha channel": ("x.png", IN_ALPHA, "the same grey level"),
+    "several pages": ("x.tiff", TWO_PAGES, "2 pictures in one file"),
+    "16 bits in colour": ("x.png", png_of_16_bits(2, 3), "16 bits per channel"),
+    "16 bits and alpha": ("x.png", png_of_16_bits(4, 2), "16 bits per channel"),
     "not finite": ("x.tiff", black((90, 90), "F", "tiff", float("nan")), "not finite"),
     "dangling link": ("x.jpeg", "nowhere", "No such file"),
     "link to itself": ("x.jpeg", "x.jpeg", "symbolic links"),
@@ -363,7 +342,6 @@ def put(path, content):
 
 
 def first(split, name="NORMAL"):
-    """Returns the first image of a class of a split."""
     return sorted((split / name).iterdir())[0]
 
 
@@ -400,31 +378,22 @@ def renamed(old, new):
     return lambda split: (split / old).rename(split / new)
 
 
-def linked(name):
+def link(name, split):
     """Replaces a class folder, or the split itself (name: ""), by a link to it."""
-
-    def change(split):
-        away = (split / name).rename(split.parent / f"{split.name}-away")
-        (split / name).symlink_to(away)
-
-    return change
+    away = (split / name).rename(split.parent / f"{split.name}-away")
+    (split / name).symlink_to(away)
 
 
-def without(name, instead=None):
+def remove(name, instead, split):
     """Removes a class folder or the split; `instead`: empty, the content of a file, or a link."""
-
-    def change(split):
-        shutil.rmtree(split / name)
-        if instead == "empty":
-            (split / name).mkdir()
-        elif instead is not None:
-            put(split / name, instead)
-
-    return change
+    shutil.rmtree(split / name)
+    if instead == "empty":
+        (split / name).mkdir()
+    elif instead is not None:
+        put(split / name, instead)
 
 
 def copied(source, target):
-    """Adds a copy of the first image of the class `source`."""
     return lambda split: put(split / target, first(split, source).read_bytes())
 
 
@@ -442,15 +411,15 @@ BAD_FOLDERS = {
     "another word": (renamed("NORMAL", "ZNORMAL"), "ZNORMAL: expected only"),
     "misspelled": (renamed("PNEUMONIA", "PNEUMONA"), "PNEUMONA: expected only"),
     "a space": (renamed("PNEUMONIA", "PNEUMONIA "), "PNEUMONIA : expected only"),
-    "a class missing": (without("NORMAL"), "NORMAL: no such folder"),
-    "a class that is a file": (without("NORMAL", b""), "NORMAL: no such folder"),
-    "a class empty": (without("NORMAL", "empty"), "an empty folder"),
-    "a class linked to the other": (without("NORMAL", "PNEUMONIA"), "NORMAL: found a link"),
-    "a class that links to itself": (without("NORMAL", "NORMAL"), "NORMAL: no such folder"),
+    "a class missing": (partial(remove, "NORMAL", None), "NORMAL: no such folder"),
+    "a class that is a file": (partial(remove, "NORMAL", b""), "NORMAL: no such folder"),
+    "a class empty": (partial(remove, "NORMAL", "empty"), "an empty folder"),
+    "a class linked to the other": (partial(remove, "NORMAL", "PNEUMONIA"), "NORMAL: found a link"),
+    "a class that links to itself": (partial(remove, "NORMAL", "NORMAL"), "NORMAL: no such folder"),
     "a class without images": (only_gifs, "only .gif"),
-    "a linked class": (linked("NORMAL"), "NORMAL: found a link"),
-    "a linked split": (linked(""), "NORMAL: found a link"),
-    "a split missing": (without(""), "no such folder"),
-    "a split that is a file": (without("", b""), "no such folder"),
+    "a linked class": (partial(link, "NORMAL"), "NORMAL: found a link"),
+    "a linked split": (partial(link, ""), "NORMAL: found a link"),
+    "a split missing": (partial(remove, "", None), "no such folder"),
+    "a split that is a file": (partial(remove, "", b""), "no such folder"),
     "an image in both classes": (copied("PNEUMONIA", "NORMAL/x.jpeg"), "the same file"),
 }

@@ -8,6 +8,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+import faults
 import numpy as np
 import pydicom
 import pytest
@@ -26,10 +27,8 @@ from cxr.folders import CLASSES, list_images
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"train": train, "evaluate": evaluate, "split_val": split_val}
-PICTURES = {
-    f"{name}.png"
-    for name in ("roc", "precision_recall", "confusion", "reliability", "scores", "worst")
-}
+CURVES = "roc", "precision_recall", "confusion", "reliability", "scores", "worst"
+PICTURES = {f"{name}.png" for name in CURVES}
 TABLES = {"metrics.json", "predictions.csv", "report.html"}
 TINY = "--arch", "tinynet", "--weights", "random", "--views", "2"
 TINY_FAST = *TINY, "--lr", "0.1"
@@ -71,9 +70,6 @@ def read_about(tmp_path):
     return json.loads((tmp_path / "model.json").read_text())
 
 
-# ---------------------------------------------------------------- predictions and features
-
-
 def keep(data, count, split="test"):
     """Deletes all images of a split except the first `count` of each class."""
     for name in CLASSES:
@@ -83,11 +79,10 @@ def keep(data, count, split="test"):
 
 def write_rows(path, labels, probs, names=None):
     """Writes a predictions.csv of these labels and probabilities, and returns its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     names = names or [f"test/{i}.png" for i in range(len(labels))]
     rows = zip(names, labels, map(float, probs), strict=True)
     lines = [f"{name},{CLASSES[label]},{prob!r},,\n" for name, label, prob in rows]
-    path.write_text("file,label,probability,prediction,error\n" + "".join(lines))
+    faults.put(path, "".join(["file,label,probability,prediction,error\n", *lines]).encode())
     return path
 
 
@@ -120,9 +115,6 @@ def computed(capsys):
     return sum(map(int, re.findall(r"computed (\d+) images", capsys.readouterr().out)))
 
 
-# ---------------------------------------------------------------- data folders and split_val.py
-
-
 def make_tree(root, train, test=0):
     """Makes a data folder of files that are not images; only --check would decode them."""
     for split, count in (("train", train), ("test", test)):
@@ -131,8 +123,7 @@ def make_tree(root, train, test=0):
             patient += 10000 * (split == "test")
             for name in (f"IM-{patient:04d}-{i:04d}.jpeg", f"person{patient}_virus_{i}.jpeg"):
                 path = root / split / CLASSES[name[0] == "p"] / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(f"{split} {path.parent.name} {i}".encode())
+                faults.put(path, f"{split} {path.parent.name} {i}".encode())
     return root
 
 
@@ -143,10 +134,7 @@ def run_split(folder, *flags):
 def snapshot(folder):
     """Returns {relative path: content, None for a folder} of everything below `folder`."""
     paths = sorted(Path(folder).rglob("*"))
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
-        for path in paths
-    }
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in paths}
 
 
 def names_in(folder, split):
@@ -163,9 +151,8 @@ def split_refused(folder, capsys, *flags):
     capsys.readouterr()
     assert run_split(folder, *flags) == 2
     assert snapshot(folder) == before
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    return lines[0]
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
 
 
 def with_table(data, text):
@@ -174,17 +161,13 @@ def with_table(data, text):
     return ["--data-dir", str(data), "--check"]
 
 
-# ---------------------------------------------------------------- images
-
-
 def grey(image):
     return np.asarray(image).astype(int)
 
 
 def reencoded(image, quality):
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
-    return Image.open(buffer).convert("L")
+    content = faults.encoded(image, "jpeg", quality=quality)
+    return Image.open(io.BytesIO(content)).convert("L")
 
 
 def shifted(image, x, y):
@@ -203,19 +186,11 @@ def write_dicom(path, pixels, syntax=ExplicitVRLittleEndian, encoded=None, **tag
     meta.TransferSyntaxUID = syntax
     file = pydicom.dataset.FileDataset(str(path), {}, file_meta=meta, preamble=bytes(128))
     bits = 8 * pixels.dtype.itemsize
-    standard = dict(
-        Modality="DX",
-        PatientID="",
-        PhotometricInterpretation="MONOCHROME2",
-        SamplesPerPixel=1,
-        Rows=pixels.shape[-2],
-        Columns=pixels.shape[-1],
-        BitsAllocated=bits,
-        BitsStored=8 if bits == 8 else 12,
-        HighBit=7 if bits == 8 else 11,
-        PixelRepresentation=int(pixels.dtype.kind == "i"),
-    )
-    for name, value in (standard | tags).items():
+    size = dict(Rows=pixels.shape[-2], Columns=pixels.shape[-1], SamplesPerPixel=1)
+    depth = dict(BitsAllocated=bits, BitsStored=min(bits, 12), HighBit=min(bits, 12) - 1)
+    other = dict(Modality="DX", PatientID="", PhotometricInterpretation="MONOCHROME2")
+    file.PixelRepresentation = int(pixels.dtype.kind == "i")
+    for name, value in (other | size | depth | tags).items():
         setattr(file, name, value)
     if "NumberOfFrames" in tags or encoded is not None or pixels.size:
         file.PixelData = pixels.tobytes() if encoded is None else encoded

@@ -1,7 +1,6 @@
 """common.py: views, the device, networks, and the pass that computes features."""
 
 import multiprocessing
-import re
 import threading
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 import torch
 import torchvision
 from faults import listing, put, within
-from helpers import SCRIPTS, TINY, TINY_FAST, extract, grey, home_flags, read_about
+from helpers import SCRIPTS, TINY, extract, grey, home_flags, read_about
 from torch import nn
 
 import common
@@ -21,7 +20,7 @@ import train
 from cxr.errors import Failure
 
 
-def test_views_are_the_image_its_mirror_image_and_fixed_small_changes(phantom):
+def test_views_are_the_image_its_mirror_image_and_small_changes_equal_everywhere(phantom):
     views = [common.make_view(phantom, number, "ab" * 32) for number in range(6)]
     assert views[0] is phantom
     assert (grey(views[1]) == grey(phantom)[:, ::-1]).all()
@@ -33,14 +32,8 @@ def test_views_are_the_image_its_mirror_image_and_fixed_small_changes(phantom):
     differences = [np.abs(grey(a) - grey(b)).mean() for a in views for b in views if a is not b]
     assert min(differences) > 2
     assert grey(common.make_view(phantom, 2, "cd" * 32)).mean() != grey(views[2]).mean()
-
-
-def test_every_machine_draws_the_same_views(phantom):
     means = [grey(common.make_view(phantom, number, "00ff" * 16)).mean() for number in (0, 2, 3, 4)]
     assert means == pytest.approx([106.62, 93.47, 87.58, 96.50], abs=0.5)
-
-
-# ---------------------------------------------------------------- device
 
 
 @pytest.fixture
@@ -94,9 +87,7 @@ def test_a_rank_chooses_the_gpu_only_under_torchrun(simulate_machine, monkeypatc
     assert common.pick_device("auto")[0] == torch.device("cuda:3")
 
 
-def test_a_gpu_that_cannot_be_used_is_refused_by_name_and_left_out_by_auto(
-    simulate_machine, capsys
-):
+def test_a_broken_gpu_is_refused_by_name_and_left_out_by_auto(simulate_machine, capsys):
     simulate_machine(cuda=1, broken="no kernel image")
     with pytest.raises(Failure, match=r"--device cuda:0: .*no kernel image") as failure:
         common.pick_device("cuda")
@@ -112,32 +103,23 @@ def test_a_device_is_tried_with_a_convolution(monkeypatch):
     assert "CUDA error: no kernel image" in common.try_device("cpu")
 
 
-# ---------------------------------------------------------------- networks
-
-
-def test_a_frozen_network_has_no_gradients_stays_in_eval_mode_and_keeps_its_values(backbone):
-    assert not any(module.training for module in backbone.network.modules())
-    assert not any(parameter.requires_grad for parameter in backbone.network.parameters())
-    again = common.build_backbone("tinynet").network.state_dict()
-    assert all(torch.equal(again[k], v) for k, v in backbone.network.state_dict().items())
-
-
-def test_the_fast_copy_has_no_batchnorm_and_computes_the_same():
+def test_a_frozen_network_keeps_its_values_and_its_fast_copy_without_batchnorm_computes_the_same():
     network = common.build_backbone("resnet18").network
+    assert not any(module.training for module in network.modules())
+    assert not any(parameter.requires_grad for parameter in network.parameters())
     fast = common.prepare_network(network, torch.device("cpu"), torch.float32, compiled=False)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
     x = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         assert torch.allclose(fast(x), network(x), rtol=1e-3, atol=1e-3)
+    again = common.build_backbone("resnet18").network.state_dict()
+    assert all(torch.equal(again[k], v) for k, v in network.state_dict().items())
 
 
-def test_a_network_gets_the_mean_and_deviation_of_its_published_weights():
+def test_a_network_gets_its_input_as_its_published_weights_need():
     normalize = common.build_backbone("efficientnet_v2_l").normalize.transforms[-1]
     assert normalize.mean == normalize.std == [0.5, 0.5, 0.5]
     assert common.build_backbone("resnet18").normalize is common.NORMALIZE
-
-
-def test_googlenet_transforms_its_input_as_its_published_weights_need():
     torch.manual_seed(0)
     network = torchvision.models.googlenet(weights=None, init_weights=False, transform_input=True)
     backbone = common.build_backbone("googlenet", network.state_dict(), "x")
@@ -159,9 +141,6 @@ def test_a_state_dict_of_another_architecture_can_be_loaded(arch):
         features = backbone.network(pixels)
         assert torch.equal(again.network(pixels), features)
     assert features.shape == (2, backbone.width)
-
-
-# ---------------------------------------------------------------- the pass
 
 
 @pytest.fixture(scope="module")
@@ -218,15 +197,6 @@ def test_an_output_that_is_not_finite_is_refused_with_3(images):
     assert caught.value.status == 3
 
 
-def test_a_log_file_gets_lines_of_progress(data, flags, monkeypatch, capsys):
-    monkeypatch.setattr(common, "LOG_EVERY", 0)
-    assert train.main(flags(data, *TINY_FAST)) == 0
-    assert re.search(r"Features: \d+ of 80 views, about \d+ s left", capsys.readouterr().out)
-
-
-# ---------------------------------------------------------------- faults
-
-
 def test_workers_that_cannot_start_end_the_run_with_4(run_train, monkeypatch, capsys):
     loader = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
     error = FileNotFoundError(2, "No such file or directory")
@@ -263,16 +233,16 @@ def test_a_worker_that_dies_ends_the_run_with_one_line(refused, home):
 
 
 @pytest.mark.parametrize(("script", "split"), [("train", "train"), ("evaluate", "test")])
-def test_unreadable_images_end_the_run_or_are_left_out_with_skip_bad(
-    run_script, home, capsys, script, split
-):
+def test_unreadable_images_end_the_run_or_are_skipped(run_script, home, capsys, script, split):
     images = {f"bad{i}{image[0]}": image[1] for i, image in enumerate(faults.BAD_IMAGES.values())}
     for name, content in images.items():
         put(home / "data/train/NORMAL" / name, content)
         put(home / "data/test/NORMAL" / name, content)
     paths = [home / "data" / split / "NORMAL" / name for name in images]
+    results = listing(home / "results")
     status, lines = run_script(script)
     assert status == 2 and len(lines) == 5
+    assert listing(home / "results") == results
     for line in lines:
         assert sum(f"{path}: " in line for path in paths) == 1
     assert f"(and {len(paths) - 1} more; split_val.py --check lists all)" in lines[-1]

@@ -89,3 +89,19 @@ def test_an_output_folder_without_permission_is_an_error_before_the_work(
     monkeypatch.setattr(tempfile, "TemporaryFile", denied)
     line = refused(2, script)
     assert str(home) in line and "trial" not in line and "Permission denied" in line
+
+
+def test_a_file_is_on_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypatch):
+    calls, true_replace = [], os.replace
+
+    def replace(old, new):
+        calls.append("replace")
+        true_replace(old, new)
+
+    def fsync(descriptor):
+        calls.append("fsync folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "fsync file")
+
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_json(tmp_path / "a.json", RECORD)
+    assert calls == ["fsync file", "replace", "fsync folder"]

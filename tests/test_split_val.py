@@ -1,16 +1,17 @@
 """split_val.py: the choice of patients, and the moves under every fault."""
 
+import contextlib
 import errno
 import itertools
+import multiprocessing
 import os
 import random
 import shutil
-import stat
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from faults import damage, put
+from faults import damage, files, put
 from helpers import make_tree, names_in, run_split, sizes, snapshot, split_refused
 
 import split_val
@@ -19,16 +20,10 @@ from cxr.files import read_json
 from cxr.folders import CLASSES, SPLIT_FILE
 from cxr.patients import read_split
 
-# every system call that changes the folder
-CALLS = ("rename", "replace", "fsync", "mkdir", "unlink", "rmdir")
-
-
-def files_of(folder):
-    return {path: content for path, content in snapshot(folder).items() if content is not None}
+CALLS = ("rename", "replace", "fsync", "mkdir", "unlink", "rmdir")  # all that change a folder
 
 
 def add_files(folder, names):
-    """Writes files of different content; they need not be images."""
     for name in names:
         put(folder / name, f"{folder} {name}".encode())
 
@@ -96,7 +91,9 @@ def test_more_images_than_there_are_is_refused_with_a_number_that_works(tree, ca
     assert "--per-class 4 (make: PER_CLASS=4)" in message
 
 
-def test_a_second_run_moves_nothing_and_undo_restores_the_identical_tree(tree, capsys):
+@pytest.mark.parametrize("lock", [split_val.fcntl, None])
+def test_a_second_run_moves_nothing_and_undo_restores_all(tree, capsys, monkeypatch, lock):
+    monkeypatch.setattr(split_val, "fcntl", lock)
     before = snapshot(tree)
     assert run_split(tree, "--per-class", 5) == 0
     assert capsys.readouterr().out.startswith("Moved 5 NORMAL and 5 PNEUMONIA images of ")
@@ -107,11 +104,10 @@ def test_a_second_run_moves_nothing_and_undo_restores_the_identical_tree(tree, c
     assert splits == {"train": 14, "val": 10, "test": 8}
     after = snapshot(tree)
     assert run_split(tree, "--per-class", 5) == 0
-    assert "already split, 5 NORMAL and 5 PNEUMONIA in val/" in capsys.readouterr().out
+    assert "already split, 5 NORMAL and 5 PNEUMONIA images in val/" in capsys.readouterr().out
     assert snapshot(tree) == after
     assert run_split(tree, "--undo") == 0
     assert "Moved 10 images back" in capsys.readouterr().out
-    assert snapshot(tree) == before
     assert run_split(tree, "--undo") == 0
     assert "no split to undo" in capsys.readouterr().out
     assert snapshot(tree) == before
@@ -159,15 +155,6 @@ def test_a_val_that_came_with_the_data_is_left_alone_and_undo_takes_it_back(tree
     assert sizes(tree) == [5, 5]
 
 
-def test_empty_val_folders_count_as_none_and_hidden_files_in_them_stay(tree):
-    for name in CLASSES:
-        add_files(tree / "val" / name, [".DS_Store"])
-    assert run_split(tree, "--per-class", 3) == 0
-    assert sizes(tree) == [3, 3]
-    assert run_split(tree, "--undo") == 0
-    assert all((tree / "val" / name / ".DS_Store").exists() for name in CLASSES)
-
-
 @pytest.mark.parametrize("twin", ["test/NORMAL", "train/PNEUMONIA"])
 def test_the_same_file_in_two_folders_is_refused_before_anything_moves(tree, capsys, twin):
     shutil.copy(tree / "train" / "NORMAL" / "IM-0000-0000.jpeg", tree / twin / "IM-77-0.jpeg")
@@ -187,7 +174,9 @@ def test_a_name_that_is_taken_is_refused_before_anything_moves(tree, capsys):
 
 
 def test_undo_names_what_is_gone_and_leaves_what_it_did_not_bring(tree, capsys):
+    add_files(tree / "val", ["NORMAL/.DS_Store", "PNEUMONIA/.DS_Store"])  # as good as empty
     assert run_split(tree, "--per-class", 5) == 0
+    assert sizes(tree) == [5, 5]
     gone = tree / "val" / "NORMAL" / names_in(tree, "val")["NORMAL"][2]
     gone.unlink()
     (tree / "val" / "PNEUMONIA" / "mine.png").write_bytes(b"mine")
@@ -199,6 +188,7 @@ def test_undo_names_what_is_gone_and_leaves_what_it_did_not_bring(tree, capsys):
     assert "Moved 9 images back" in screen.out and warning in screen.err
     assert "1 images in" in screen.err and "stay there" in screen.err
     assert (tree / "val" / "PNEUMONIA" / "mine.png").read_bytes() == b"mine"
+    assert all((tree / "val" / name / ".DS_Store").exists() for name in CLASSES)
 
 
 @pytest.mark.parametrize("folder", ["", "train/NORMAL", "train/PNEUMONIA"])
@@ -238,20 +228,6 @@ def test_a_half_finished_split_is_no_training_data(tree, capsys):
     assert sizes(tree) == [5, 5]
 
 
-def test_a_system_without_flock_and_sync_of_folders_can_split_and_undo(tree, monkeypatch):
-    def fsync(file):
-        if stat.S_ISDIR(os.fstat(file).st_mode):
-            raise OSError(errno.EINVAL, "Invalid argument")
-
-    before = snapshot(tree)
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(split_val, "fcntl", None)
-    assert run_split(tree, "--per-class", 5) == 0
-    assert sizes(tree) == [5, 5]
-    assert run_split(tree, "--undo") == 0
-    assert snapshot(tree) == before
-
-
 def test_a_source_of_links_without_images_or_another_one_is_refused(tree, tmp_path, capsys):
     links = tmp_path / "links"
     message = split_refused(links, capsys, "--link-from", tree / "test" / "NORMAL")
@@ -273,27 +249,19 @@ def test_links_to_images_that_are_links_themselves_are_recognised_in_a_second_ru
 
 
 def fail_at(patch, number, fault, calls=CALLS, after=False):
-    """Raises `fault` before or after system call `number`, or exits if it is None.
-
-    patch: setattr, or that of monkeypatch. Returns the counter of the calls.
-    """
+    """Raises `fault` (None: exits) before or after system call `number`; returns their counter."""
     counter = itertools.count()
-
-    def fail():
-        if fault is None:
-            os._exit(9)
-        raise fault
 
     def failing(call):
         def wrapper(*args, **options):
-            is_it = next(counter) == number
-            if is_it and not after:
-                fail()
-            try:
+            if next(counter) != number:
                 return call(*args, **options)
-            finally:
-                if is_it:
-                    fail()
+            if after:
+                with contextlib.suppress(OSError):
+                    call(*args, **options)
+            if fault is None:
+                os._exit(9)
+            raise fault
 
         return wrapper
 
@@ -303,19 +271,9 @@ def fail_at(patch, number, fault, calls=CALLS, after=False):
 
 
 def fork(function, *args):
-    """Runs a function that returns an exit code in a child process; returns the process id."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            status = function(*args)
-        finally:
-            os._exit(status)
+    child = multiprocessing.get_context("fork").Process(target=lambda: os._exit(function(*args)))
+    child.start()
     return child
-
-
-def exit_code(child):
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def fresh_copy(source, folder):
@@ -345,12 +303,14 @@ def test_a_run_killed_at_any_system_call_is_completed_or_taken_back(campaign, tm
 
     for points in itertools.count():
         fresh_copy(source, folder)
-        if (status := exit_code(fork(die, points))) == 0:
+        child = fork(die, points)
+        child.join()
+        if child.exitcode == 0:
             break
-        assert status == 9
+        assert child.exitcode == 9
         fresh_copy(folder, half)
-        files = sorted(path.name for path in half.rglob("*.jpeg"))
-        assert files == sorted(path.name for path in start.rglob("*.jpeg"))  # all, and once
+        names = sorted(path.name for path in half.rglob("*.jpeg"))
+        assert names == sorted(path.name for path in start.rglob("*.jpeg"))  # all, and once
         assert run_split(folder, *flags) == 0
         assert snapshot(folder) == snapshot(done)
         assert run_split(half, "--undo") == 0
@@ -376,7 +336,8 @@ def test_an_error_of_any_system_call_is_one_line_and_the_next_run_completes(
         error = capsys.readouterr().err
         assert status in (0, 2, 4) and len(error.splitlines()) == (status > 0)
         assert run_split(folder, *flags) == 0
-        assert files_of(folder) == files_of(expected)
+        assert files(folder) == files(expected)
+        assert not [*folder.rglob("*.tmp")]
         if next(counter) <= failing:
             break
 
@@ -406,7 +367,9 @@ def test_four_at_once_split_once(campaign, tmp_path, fuzz):
         gate, end = os.pipe()
         children = [fork(race, gate, end) for _ in range(4)]
         os.close(end)
-        assert [exit_code(child) for child in children] == [0] * 4
+        for child in children:
+            child.join()
+            assert child.exitcode == 0
         os.close(gate)
         assert snapshot(folder) == snapshot(done)
 

@@ -1,5 +1,6 @@
 """train.py as a user runs it: main([...]) on drawn phantoms, then the written files are read."""
 
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -38,9 +39,6 @@ def train_silently(data, seed=0, **changes):
     return train.train_head(data, settings(**changes), seed, log=lambda line: None)
 
 
-# ---------------------------------------------------------------- what is written
-
-
 def test_the_screen_and_the_files_of_a_training_agree(run_train, tmp_path, capsys):
     assert run_train("--epochs", 6) == 0
     out, model = capsys.readouterr().out, read_about(tmp_path)
@@ -61,6 +59,11 @@ def test_the_screen_and_the_files_of_a_training_agree(run_train, tmp_path, capsy
     assert len(model["images"]["train"]) == 40 and len(model["images"]["val"]) == 24
     assert model["arch"] == "tinynet" and model["classes"] == ["NORMAL", "PNEUMONIA"]
     assert model["window"] == 2 and "Resize" in model["transforms"][0]
+    assert "earlier model" not in out
+    report = tmp_path / "results" / "metrics.json"
+    report.write_text("{}")
+    assert run_train("--epochs", 1) == 0
+    assert f"{report} belongs to an earlier model" in capsys.readouterr().out
 
 
 def test_no_tensor_of_the_backbone_changes(trained):
@@ -99,26 +102,16 @@ def test_a_seed_gives_one_model_and_several_seeds_give_their_mean(run_train, tmp
     assert len(read_about(tmp_path)["seeds"]) == 3
 
 
-def test_a_report_of_an_earlier_model_is_pointed_out(run_train, tmp_path, capsys):
-    assert run_train("--epochs", 1) == 0
-    assert "earlier model" not in capsys.readouterr().out
-    report = tmp_path / "results" / "metrics.json"
-    report.write_text("{}")
-    assert run_train("--epochs", 1) == 0
-    assert f"{report} belongs to an earlier model" in capsys.readouterr().out
-
-
-def test_the_weight_of_the_larger_class_is_printed(data, flags, capsys):
+def test_a_log_has_the_progress_and_the_weight_of_a_class(data, flags, monkeypatch, capsys):
+    monkeypatch.setattr(common, "LOG_EVERY", 0)
     for path in sorted((data / "train" / "NORMAL").iterdir())[5:]:
         path.unlink()
     assert train.main(flags(data, *TINY_FAST)) == 0
-    lines = capsys.readouterr().out.splitlines()
-    (line,) = [line for line in lines if line.startswith("Training on")]
+    out = capsys.readouterr().out
+    assert re.search(r"Features: \d+ of 50 views, about \d+ s left", out)
+    (line,) = [line for line in out.splitlines() if line.startswith("Training on")]
     assert "5 NORMAL and 20 PNEUMONIA images" in line
     assert "each PNEUMONIA image has the weight 0.25" in line
-
-
-# ---------------------------------------------------------------- the loop
 
 
 def test_the_loop_on_features_is_the_usual_loop_through_the_whole_network(split_phantoms):
@@ -210,9 +203,6 @@ def test_a_head_has_the_same_bits_on_any_number_of_threads():
     assert torch.equal(*weights)
 
 
-# ---------------------------------------------------------------- what ends a run
-
-
 @pytest.mark.parametrize(
     ("scores", "status", "words"),
     [
@@ -251,6 +241,8 @@ def test_ctrl_c_saves_the_best_epoch_so_far(run_train, tmp_path, monkeypatch, ca
         (["--views", "0"], "expected a number"),
         (["--lr", "-1"], "expected a number"),
         (["--window", "50"], "from 0 to 40"),
+        (["--weights", "radnom"], "radnom: no such file; expected imagenet, random or"),
+        (["--weights", "/"], "/: no such file"),
         (["--threshold", "sensitivity=2"], "expected a number from 0 to 1, youden"),
         (["--epoch", "x"], "--epoch"),
         (["--checkpoint", "model.txt"], "expected a name like model.pth"),
