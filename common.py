@@ -312,7 +312,7 @@ def extract_features(backbone, xrays, args, *, n_views, window, device, dtype, c
 
 
 def cache_key(backbone, window, dtype, compiled):
-    """Returns a hash of all that the features of an image depend on, except the image."""
+    """Returns a hash of what decides the features of an image up to rounding, except the image."""
     digest = hashlib.sha256()
     for name, tensor in backbone.network.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -348,7 +348,7 @@ def run_network(backbone, views, args, device, dtype, compiled):
         for indexes, pixels, reasons in start_loader(views, batch_size, args.workers, device):
             vectors = []
             for batch in pixels.flatten(0, 1).split(batch_size):
-                # All batches have one shape, so that the features of an image do not depend on it.
+                # All batches have one shape, because the last bits of the features depend on it.
                 padding = batch.new_zeros(batch_size - len(batch), *batch.shape[1:])
                 inputs = torch.cat([batch, padding])
                 inputs = inputs.to(device, non_blocking=device.type == "cuda")

@@ -296,7 +296,7 @@ def count_left_out(predictions, model):
 
 
 def compare_with_other(readable, threshold, other, args):
-    """Compares with the table of --compare, at --threshold or its own one; None without it."""
+    """Compares with the --compare table, at --threshold or its own one; None without a table."""
     if other is None:
         return None
     report = report_beside(args.compare)
@@ -432,7 +432,7 @@ def rescore(args):
 
 
 def earlier_origin(args, predictions, before):
-    """Returns what describe_origin returned before. before: the earlier metrics.json, or {}."""
+    """Returns a dict like that of describe_origin. before: the earlier metrics.json, or {}."""
     metrics_file = args.source.with_name("metrics.json")
     threshold, threshold_from = choose_threshold(args, before, metrics_file)
     mismatch = table_warnings(predictions, before, args.source)
@@ -444,7 +444,7 @@ def earlier_origin(args, predictions, before):
         "unlike": before.get("unlike"),
         "threshold": threshold,
         "threshold_from": threshold_from,
-        # After a mismatch, the baselines were compared with other probabilities.
+        # If the tables differ, the baselines belong to other probabilities.
         "shortcut": None if mismatch else before.get("shortcut"),
     }
 
@@ -470,8 +470,8 @@ def check_test_exists(args):
     saved = f"{args.checkpoint} is saved. " if args.checkpoint.exists() else ""
     raise Failure(
         f"{folder}: no such folder, expected images to test on. {saved}Run split_val.py --undo, "
-        "move whole patients from train/ to test/, then split again. (--split val is no test "
-        "result)"
+        "move whole patients from train/ to test/, then split and train again. (--split val is no "
+        "test result)"
     )
 
 

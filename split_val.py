@@ -185,7 +185,7 @@ def lock(data_dir):
     if fcntl is None:
         yield
         return
-    # The folder itself is locked: a killed process frees the lock and leaves no file behind.
+    # The folder itself is locked: a killed process frees the lock, and there is no lock file.
     descriptor = os.open(data_dir, os.O_RDONLY)
     try:
         wait_for_lock(descriptor, data_dir)
@@ -227,9 +227,9 @@ def split(args):
             warn_if_flags_differ(args, record)
         moves = list_moves(data_dir, plan["moved"], "train", "val")
         if not moves:
-            counts = counts_in_words(val)
-            seed = plan["seed"]
-            print(f"{data_dir}: already split, {counts} in val/ (seed {seed}); nothing was moved")
+            images = f"{counts_in_words(val)} images"
+            seed = f"seed {plan['seed']}"
+            print(f"{data_dir}: already split, {images} in val/ ({seed}); nothing was moved")
             return
         if record is None:
             write_json(record_file, plan)  # before the first move, so a later run can finish it
@@ -289,7 +289,7 @@ def link_images(data_dir, source):
 
 
 def undo(args):
-    """Moves the images of the split back, removes empty folders, and removes the record last."""
+    """Moves the split (without a record: all of val/) into train/, and removes the record last."""
     data_dir, record_file = args.data_dir, args.data_dir / SPLIT_FILE
     val_dir = data_dir / "val"
     with lock(data_dir):

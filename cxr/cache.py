@@ -38,7 +38,7 @@ class Cache:
             path = self.path(xrays[row])
             try:
                 views = np.load(path)["views"]
-                if len(views) >= n_views:  # fewer were computed with a smaller --views
+                if len(views) >= n_views:  # otherwise from a run with a smaller --views
                     features[row] = torch.from_numpy(views[:n_views])
                     continue
             except FileNotFoundError:

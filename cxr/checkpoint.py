@@ -55,7 +55,7 @@ def imagenet_file(arch):
 
 
 def download(url, path, sha256, advice):
-    """Downloads a file. Raises Failure with the advice if this fails. sha256: may be cut."""
+    """Downloads a file. Raises Failure with the advice if this fails. sha256: or its beginning."""
     print(f"Downloading {url} to {path}", flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     default_timeout = socket.getdefaulttimeout()

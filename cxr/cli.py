@@ -61,7 +61,7 @@ FLAGS = {
         help="processes that decode images (0 = decode in the main process, -1 = chosen from the "
              "number of images and of cores)"),
     "--seed": dict(type=number(int, 0, 2**32 - 1), default=0, metavar="N",
-        help="seed of all random choices"),
+        help="seed of random choices"),
     "--cache-dir": dict(type=Path, default=".cache/features", metavar="DIR",
         help="folder that keeps the computed features"),
     "--no-cache": dict(action="store_true",

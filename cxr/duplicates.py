@@ -21,7 +21,7 @@ from cxr.leaks import is_leak
 
 CANDIDATE_LIMIT = 0.92  # correlation of blurred thumbnails from which a pair is compared in detail
 COPY_LIMIT = 0.9  # correlation of the details from which a pair counts as a copy
-NEGATIVE_LIMIT = -0.2  # correlation with the common picture; in the reference data at least 0.32
+NEGATIVE_LIMIT = -0.2  # correlation with what all images share; reference data: at least 0.32
 MAX_CANDIDATES = 200_000  # pairs compared in detail, the most similar ones: takes half a minute
 N_NAMED = 3  # pairs named in a message
 BATCH = 512  # images, or pairs, that are compared at once

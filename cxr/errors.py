@@ -55,7 +55,7 @@ def either(words):
 
 def progress(message):
     """Prints a line at once."""
-    # After `| head`, stdout is closed, but the work goes on and its files are written.
+    # After `| head`, stdout is closed; a progress line must not end the work.
     with contextlib.suppress(BrokenPipeError):
         print(message, flush=True)
 

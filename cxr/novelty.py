@@ -42,9 +42,9 @@ def measure_novelty(features, training):
 
     features: float32 (N, width); training: the result of describe_features.
     Returns (novelty float32 (N,), the group's values for metrics.json). novelty > 1: the image is
-    farther from the training images than 99 % of the validation images are. shift:
-    sqrt(mean over features of (mean of the group)² - 1/N); 1/N is the value expected by chance
-    (None for fewer than 20 images).
+    farther from the training images than 99 % of the validation images are. shift
+    (None for fewer than 20 images): sqrt(mean over features of (mean of the group)² - 1/N); 1/N is
+    the value expected by chance.
     Of a single image, this detects photographs, noise and blur; of a group, also negatives and
     another framing. With random weights it detects little more than noise.
     """
@@ -56,7 +56,7 @@ def measure_novelty(features, training):
     p = float(scipy.stats.binomtest(over, n, 0.01, alternative="greater").pvalue)
     shift = None
     if n >= MIN_GROUP:
-        chance = 1 / n  # expected square of the mean of n standardised features
+        chance = 1 / n  # expected square of a feature's mean over n images
         shift = math.sqrt(max(z.mean(0).square().mean().item() - chance, 0))
     is_other_source = p < NOVELTY_P or (shift is not None and shift >= SHIFT)
     return novelty, {"n": n, "over": over, "p": p, "shift": shift, "elsewhere": is_other_source}

@@ -25,7 +25,7 @@ PICTURES = {
     "confusion": "Confusion matrix: the true and the predicted classes",
     "reliability": "Calibration: predicted probability and observed share",
     "scores": "Probabilities of the images of each class",
-    "worst": f"Orange is evidence for {CLASSES[1]}, blue is evidence for {CLASSES[0]}",
+    "worst": "Misclassified images; if there are none, those nearest to the threshold",
 }
 LIMITS = (
     "Not a medical device. If the test images come from the same source as the training images, "
@@ -156,7 +156,7 @@ def calibration_lines(calibration):
     lines = [f"intercept {intercept}, ideal 0; slope {slope}, ideal 1"]
     if calibration["platt"] != {"slope": 1, "intercept": 0}:
         before, after = calibration["without"]["brier"], calibration["with"]["brier"]
-        platt = "with Platt scaling (fitted on val/; used everywhere)"
+        platt = "with Platt scaling (fitted on val/; part of all scores)"
         lines.append(f"Brier score {after:.3f} {platt}; {before:.3f} without it")
     return lines
 

@@ -15,7 +15,7 @@ METADATA = "metadata.csv"  # in the data folder: file_name, patient_id and any o
 
 # How file names contain the patient; the first pattern that matches counts. Add your own on top.
 PATIENT_NAMES = (
-    # The reference data: personN_bacteria_M.jpeg. person1_bacteria and person1_virus may differ.
+    # The reference data: personN_bacteria_M.jpeg. person1_bacteria and person1_virus may be two.
     re.compile(r"(?P<patient>person\d+)_(?P<etiology>bacteria|virus)_\d+"),
     re.compile(r"(?P<patient>(NORMAL2-)?IM-\d+)-\d+"),
     # The same children in their other release: BACTERIA-1049278-0001.jpeg
@@ -63,7 +63,7 @@ def warn_if_patients_shared(xrays, splits):
     """Prints a warning if a patient has images in all of these splits."""
     names_in = {split: set() for split in splits}
     for xray in xrays:
-        # split_val.py made val/ by group. Somebody else chose the images of test/.
+        # val/ should be split by group, as split_val.py does, test/ only by patient.
         names_in[xray.split].add(xray.group if "val" in splits else xray.patient)
     shared = set.intersection(*names_in.values()) - {None}
     if shared:

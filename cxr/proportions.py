@@ -52,7 +52,7 @@ def accuracy_intervals(predictions, labels, xrays):
     """Computes accuracy, sensitivity and specificity, as {name: {value, low, high}}.
 
     predictions: bool (N,), or (n_repeats, N) if each image was predicted several times; labels:
-    float32 (N,). No test result on val/, which chose the epoch and the threshold.
+    float32 (N,). On val/ it is no test result: val/ chose epoch and threshold.
     """
     is_correct = (predictions == (labels > 0.5)).double()
     # An image counts once, with its share of correct repeats.
