@@ -149,7 +149,8 @@ def print_single_numbers(report):
     split = report["scored_on"]
     fitted_on = "the other images" if report["shift"] else "other patients"
     print(f"\nShortcuts: how well a simple measurement separates the classes of {split}/ without a")
-    print(f"network. The rule predicts {CLASSES[1]}, fitted on {fitted_on}. ! marks an alarm.")
+    print(f"network, fitted on {fitted_on}. If the rule is true, {CLASSES[1]} is predicted.")
+    print("! marks an alarm.")
     for row in report["shortcuts"]:
         scores = f"accuracy {row['accuracy']:.3f} (n {row['n']})   AUROC {row['auroc']:.3f}"
         mark = " !" if row["alarm"] else ""

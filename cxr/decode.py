@@ -99,7 +99,7 @@ def decode_with_pillow(content, size):
     bits = 8 * bytes_per_channel * len(pillow_mode.bands)
     quality = 0
     if tables:
-        # Exact from 20 to 99 for libjpeg's tables. At quality 50 the luminance sums to about 3685.
+        # Exact from 20 to 99 for libjpeg. At 50, its luminance table sums to about 3685.
         scale = 100 * sum(tables[min(tables)]) / 3685
         quality = 100 - scale / 2 if scale <= 100 else 5000 / scale
         quality = min(100, max(1, round(quality)))

@@ -21,7 +21,7 @@ from cxr.leaks import is_leak
 
 CANDIDATE_LIMIT = 0.92  # correlation of blurred thumbnails from which a pair is compared in detail
 COPY_LIMIT = 0.9  # correlation of the details from which a pair counts as a copy
-NEGATIVE_LIMIT = -0.2  # correlation with what all images share; reference data: at least 0.32
+NEGATIVE_LIMIT = -0.2  # below it, an image is a negative; lowest in the reference data: 0.32
 MAX_CANDIDATES = 200_000  # pairs compared in detail, the most similar ones: takes half a minute
 N_NAMED = 3  # pairs named in a message
 BATCH = 512  # images, or pairs, that are compared at once
@@ -32,10 +32,10 @@ ADVICE = {  # where an image occurs twice: what to do
 }
 
 SIDE = 88  # pixels of a thumbnail without its outer 4 pixels: a moved copy may have black edges
-SHIFTS = np.arange(-3, 4)  # pixels by which a copy may be moved: 7 of 224
+SHIFTS = np.arange(-3, 4)  # shifts of a copy: 3 of 96 pixels are 7 of 224
 EDGE = np.minimum(np.arange(SIDE) + 0.5, SIDE - 0.5 - np.arange(SIDE))  # distance to the edge
 RAMP = np.minimum(EDGE / 8, 1)
-TAPER = np.outer(RAMP, RAMP).astype(np.float32)  # fades out the edges, which a shift moves away
+TAPER = np.outer(RAMP, RAMP).astype(np.float32)  # fades out the edges, where moved copies differ
 
 
 def normalise(image):

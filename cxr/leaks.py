@@ -11,7 +11,7 @@ NO_RESULT = "these scores are no test result"
 
 
 def is_leak(splits):
-    """Returns True if one of several splits is test: what they share makes its scores too good."""
+    """Returns True if what is in all these splits is in test/ and in another one."""
     return "test" in splits and len(splits) > 1
 
 

@@ -63,7 +63,7 @@ def warn_if_patients_shared(xrays, splits):
     """Prints a warning if a patient has images in all of these splits."""
     names_in = {split: set() for split in splits}
     for xray in xrays:
-        # val/ should be split by group, as split_val.py does, test/ only by patient.
+        # train/ and val/ must not share a group. With test/, they must not share a patient.
         names_in[xray.split].add(xray.group if "val" in splits else xray.patient)
     shared = set.intersection(*names_in.values()) - {None}
     if shared:

@@ -102,7 +102,7 @@ def single_number_baselines(predictions, xrays, training, reason, size, seed):
     probs, labels, patients = as_arrays(predictions)
     scores = np.vstack([probs, signs[:, None] * test_numbers])  # row 0: the network
 
-    # By AUROC: a cut-off that maximises the accuracy would favour the number.
+    # Not by accuracy: only the number would have a cut-off that was fitted to it.
     def differences(rows):
         network, *others = aurocs(scores[:, rows], labels[rows])
         return np.subtract(network, others)
