@@ -312,7 +312,7 @@ def extract_features(backbone, xrays, args, *, n_views, window, device, dtype, c
 
 
 def cache_key(backbone, window, dtype, compiled):
-    """Returns a hash of all that the features depend on, except the image and rounding."""
+    """Returns a hash of all that the features depend on, except the image and rounding errors."""
     digest = hashlib.sha256()
     for name, tensor in backbone.network.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -459,7 +459,7 @@ def report_unreadable(unreadable, xrays, skip_bad):
     lines = [f"{x.path}: {unreadable[x.path]}" for x in xrays if x.path in unreadable]
     if not lines:
         return
-    has_label = xrays[0].label is not None  # otherwise --check does not see them
+    has_label = xrays[0].label is not None  # new images have none, and --check does not read them
     advice = "; split_val.py --check lists all" if has_label else ""
     if not skip_bad:
         for line in lines[1:SHOWN]:  # the Failure names the first one

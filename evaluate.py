@@ -175,7 +175,8 @@ def predict(model, xrays, names, args):
     """Predicts images, in float32 on every device.
 
     names: of the images in the table. Unreadable images have a row with their error.
-    Returns (predictions, a DataFrame as in cxr/predictions.py; novelty of the group or None).
+    Returns (predictions, a DataFrame as in cxr/predictions.py; novelty of all images together, or
+    None).
     """
     options = {"n_views": 1, "window": model.info.get("window", 0), "device": model.device}
     features, _, unreadable = common.extract_features(

@@ -202,7 +202,7 @@ def apply_window(image, window):
         raise ValueError("some pixels are not finite")
     low, high = np.percentile(pixels, (window, 100 - window))
     pixels = ((pixels - low) / max(high - low, 1e-6) * 255).clip(0, 255)
-    # Not rounded, as in autocontrast, so that 8 and 16 bits give the same picture.
+    # autocontrast cuts decimals off, so do it here: 8 and 16 bits give the same picture.
     return PIL.Image.fromarray(pixels.astype(np.uint8))
 
 

@@ -10,7 +10,7 @@ of 224 pixels, JPEG quality 40, 20 % brighter, other contrast, blurred).
 | two different images   | 2 % of the pairs above    | at most 0.55 (0.47 if one is         |
 |                        | 0.92                      | mirrored, 0.40 if inverted)          |
 
-The details of 750 drawn phantoms, whose spines look the same, correlate by at most 0.89.
+The details of 750 computer-drawn X-rays with the same spine correlate by at most 0.89.
 """
 
 import numpy as np
@@ -21,7 +21,7 @@ from cxr.leaks import is_leak
 
 CANDIDATE_LIMIT = 0.92  # correlation of blurred thumbnails from which a pair is compared in detail
 COPY_LIMIT = 0.9  # correlation of the details from which a pair counts as a copy
-NEGATIVE_LIMIT = -0.2  # below it, an image is a negative; lowest in the reference data: 0.32
+NEGATIVE_LIMIT = -0.2  # correlation with the principal component; reference data: at least 0.32
 MAX_CANDIDATES = 200_000  # pairs compared in detail, the most similar ones: takes half a minute
 N_NAMED = 3  # pairs named in a message
 BATCH = 512  # images, or pairs, that are compared at once

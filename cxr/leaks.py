@@ -11,7 +11,7 @@ NO_RESULT = "these scores are no test result"
 
 
 def is_leak(splits):
-    """Returns True if what is in all these splits is in test/ and in another one."""
+    """Returns True if the splits in which something occurs are test and at least one other."""
     return "test" in splits and len(splits) > 1
 
 

@@ -46,7 +46,7 @@ def measure_novelty(features, training):
     (None for fewer than 20 images): sqrt(mean over features of (mean of the group)² - 1/N); 1/N is
     the value expected by chance.
     Of a single image, this detects photographs, noise and blur; of a group, also negatives and
-    another framing. With random weights it detects little more than noise.
+    another framing. A network with random weights detects little more than images of noise.
     """
     import scipy.stats  # slow to import; train.py does not need it
 

@@ -102,7 +102,7 @@ def single_number_baselines(predictions, xrays, training, reason, size, seed):
     probs, labels, patients = as_arrays(predictions)
     scores = np.vstack([probs, signs[:, None] * test_numbers])  # row 0: the network
 
-    # Not by accuracy: only the number would have a cut-off that was fitted to it.
+    # The accuracy would be unfair: the number's cut-off is fitted to it, the network's is not.
     def differences(rows):
         network, *others = aurocs(scores[:, rows], labels[rows])
         return np.subtract(network, others)
