@@ -542,10 +542,9 @@ def parse_args(argv=None):
     parser = Parser("evaluate.py", __doc__)
     data, scores, output, machine = parser.groups("data", "scores", "output", "machine")
     add_network_flags(data, output, machine)
-    none = argparse.SUPPRESS  # the help would print "(default: None)"
+    none = argparse.SUPPRESS  # hides "(default: None)" in the help
     parser.set_defaults(images=[], prevalence=[])
-    for name in ("arch", "split", "source", "compare", "threshold", "cam"):
-        parser.set_defaults(**{name: None})
+    parser.set_defaults(arch=None, split=None, source=None, compare=None, threshold=None, cam=None)
     # fmt: off
     data.add_argument("images", nargs="*", type=Path, default=none, metavar="FILE_OR_FOLDER",
         help="new images to classify, instead of scoring a split")
@@ -592,9 +591,12 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    command = classify_new if args.images else score_split
     if args.source:
         command = rescore
+    elif args.images:
+        command = classify_new
+    else:
+        command = score_split
     return run(command, args, "evaluate.py")
 
 

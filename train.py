@@ -243,7 +243,8 @@ def load_inputs(args, *outputs):
     if args.folds and not (args.data_dir / "val").exists():
         splits = ["train"]  # cross-validation does not need val/
     xrays = read_split(args.data_dir, *splits)
-    backbone = common.build_backbone(args.arch, *load_weights(args))
+    state, source = load_weights(args)
+    backbone = common.build_backbone(args.arch, state, source)
     check_writable(*outputs)
     return xrays, backbone, device, dtype
 

@@ -13,6 +13,7 @@ from cxr.files import atomic_write
 from cxr.folders import CLASSES, COLOURS
 
 BATCH = 16  # images
+LEGEND = f"orange: evidence for {CLASSES[1]}; blue: evidence for {CLASSES[0]}"
 
 
 def class_maps(model, pixels):
@@ -93,7 +94,6 @@ def write_overlays(folder, model, views, probs):
     probs: float32 (N,), P(positive) of the images.
     """
     font = PIL.ImageFont.load_default(14)
-    legend = f"orange: evidence for {CLASSES[1]}; blue: evidence for {CLASSES[0]}"
     written = set()
     overlays = read_overlays(model, views, list(range(len(views))))
     for xray, prob, (_, picture) in zip(views.xrays, probs, overlays, strict=True):
@@ -110,7 +110,7 @@ def write_overlays(folder, model, views, probs):
         written.add(path)
         sheet = PIL.Image.new("RGB", (448, 488), "white")
         sheet.paste(PIL.Image.fromarray(picture).resize((448, 448)), (0, 40))
-        PIL.ImageDraw.Draw(sheet).text((4, 2), f"{title}\n{legend}", "black", font)
+        PIL.ImageDraw.Draw(sheet).text((4, 2), f"{title}\n{LEGEND}", "black", font)
         with atomic_write(path) as file:
             sheet.save(file, format="png")
     print(f"Wrote class activation maps of {len(views)} images to {folder}")

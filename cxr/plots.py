@@ -9,7 +9,7 @@ import torchmetrics.functional.classification as tm
 
 from cxr.files import save_figure
 from cxr.folders import CLASSES, COLOURS
-from cxr.maps import read_overlays
+from cxr.maps import LEGEND, read_overlays
 from cxr.predictions import as_arrays
 from cxr.proportions import complement, format_interval, wilson_interval
 
@@ -153,7 +153,7 @@ def draw_worst(path, model, views, predictions, report):
         rows = order[:N_WORST].tolist()
         heading = "No image is misclassified. The images nearest to the threshold"
     overlays = list(read_overlays(model, views, rows))
-    legend = f"orange: evidence for {CLASSES[1]}; blue: evidence for {CLASSES[0]}"
+    legend = LEGEND
     if overlays[0][1] is None:
         legend = "no class activation maps: the network does not end in pooling and one Linear"
     n_lines = math.ceil(len(rows) / 2)
