@@ -1,7 +1,7 @@
 # Nothing needs activating: every target makes the environment it needs. GNU Make 3.81 is enough.
 PYTHON ?= python3
 PY := .venv/bin/python
-VARIABLES := DATA RUN MODEL RESULTS PER_CLASS LINK_FROM EPOCHS BATCH_SIZE LR PATIENCE VIEWS WINDOW SEED DEVICE ARCH WEIGHTS WORKERS GPUS IMAGES ARGS PYTHON
+VARIABLES := DATA CLASSES RUN MODEL RESULTS PER_CLASS LINK_FROM EPOCHS BATCH_SIZE LR PATIENCE VIEWS WINDOW SEED DEVICE ARCH WEIGHTS WORKERS GPUS IMAGES ARGS PYTHON
 
 # a typo in a variable's name must not be ignored
 given := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$v))
@@ -11,7 +11,7 @@ $(if $(filter-out $(VARIABLES) -%,$(given)),$(error unknown variable $(filter-ou
 MODEL := $(if $(RUN),runs/$(RUN)/model.pth)
 RESULTS := $(if $(findstring --from,$(ARGS)),,$(if $(RUN),runs/$(RUN)/results))
 flag = $(if $($2),--$1 '$(subst ','\'',$($2))')
-data_flags = $(call flag,data-dir,DATA) $(call flag,seed,SEED)
+data_flags = $(call flag,data-dir,DATA) $(if $(CLASSES),--classes $(CLASSES)) $(call flag,seed,SEED)
 split_flags = $(data_flags) $(call flag,per-class,PER_CLASS) $(call flag,link-from,LINK_FROM)
 run_flags = $(data_flags) $(call flag,checkpoint,MODEL) $(call flag,results-dir,RESULTS) \
 	$(call flag,device,DEVICE) $(call flag,batch-size,BATCH_SIZE) $(call flag,workers,WORKERS)
@@ -26,6 +26,7 @@ help:  ## this page
 	@sed -n 's/^#= //p' Makefile
 #= Variables (a script's own default holds where one is not given):
 #=   DATA RUN MODEL RESULTS         folder of the images; RUN=name keeps model and report in runs/name/
+#=   CLASSES                        names of the class folders, the disease second: CLASSES="healthy sick"
 #=   PER_CLASS LINK_FROM            images of a class for val/; images elsewhere that are only read, linked into DATA
 #=   EPOCHS LR PATIENCE BATCH_SIZE  training
 #=   VIEWS WINDOW ARCH WEIGHTS      variants and window of an image; network; imagenet, random or a file
@@ -63,9 +64,9 @@ all: install  ## split, train, evaluate
 	$(PY) evaluate.py $(run_flags)
 
 demo: install  ## the whole chain on drawn radiographs, in demo/: needs neither data nor weights
-	$(PY) tests/phantoms.py demo/chestxrays
+	$(PY) tests/phantoms.py demo/chestxrays $(if $(CLASSES),--classes $(CLASSES))
 	$(MAKE) --no-print-directory all DATA=demo/chestxrays PER_CLASS=15 MODEL=demo/model.pth RESULTS=demo/results WEIGHTS=random
-	@echo; echo "Next: your images into data/chestxrays/{train,test}/{NORMAL,PNEUMONIA}/, then make check, then make all"
+	@echo; echo "Next: put your own images into data/chestxrays/ (README.md, Your data), then make check, then make all"
 test: lint  ## everything that is checked before a change lands
 	$(PY) -m pytest -q -n 2 --dist worksteal $(ARGS)
 fuzz: .venv/installed-tests  ## minutes of damaged images, checkpoints and records, and kills at every step

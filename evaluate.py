@@ -12,6 +12,7 @@ into results/; the scores have 95 % intervals. For new images it writes new_pred
 
 import argparse
 import math
+import shlex
 import sys
 from collections import Counter
 from pathlib import Path
@@ -26,11 +27,11 @@ from torch import nn
 
 from cxr.bootstrap import DRAWS, INTERVALS
 from cxr.checkpoint import read_state_dict
-from cxr.cli import FLAGS, Parser, add_flags, add_network_flags, number, run
+from cxr.cli import FLAGS, Parser, add_flags, add_network_flags, class_name, number, run
 from cxr.compare import compare, match_predictions
 from cxr.errors import Failure, warn
 from cxr.files import check_writable, hash_file, read_json, versions, write_json
-from cxr.folders import CLASSES, SPLITS, image_suffixes, list_images
+from cxr.folders import CLASSES, SPLITS, find_other_classes, image_suffixes, list_images
 from cxr.leaks import leak_warnings, list_training_xrays
 from cxr.maps import class_maps, write_overlays
 from cxr.novelty import measure_novelty, novelty_warnings
@@ -48,6 +49,7 @@ from cxr.predictions import (
 from cxr.proportions import PREVALENCES, PROPORTIONS, predictive_values
 from cxr.scores import (
     below_chance,
+    check_both_classes,
     count_outcomes,
     measure_calibration,
     measure_scores,
@@ -71,13 +73,14 @@ class Model(NamedTuple):
     warnings: list
 
 
-def load_model(path, device_name, arch=None):
+def load_model(path, device_name, arch=None, classes=None):
     """Loads a checkpoint of train.py, or the state dict of any network with one output.
 
-    arch: of a state dict without model.json (None = resnet50). Raises Failure if it does not fit.
+    arch, classes: for a state dict without model.json (None = resnet50, and the default of
+    --classes). Raises Failure if they contradict model.json, or if the checkpoint does not fit.
     """
     state = read_state_dict(path)
-    info, warnings = read_model_info(path, arch)
+    info, warnings = read_model_info(path, arch, classes)
     try:
         backbone = common.build_backbone(info["arch"], state, path)
     except Failure as error:
@@ -89,15 +92,17 @@ def load_model(path, device_name, arch=None):
     return Model(backbone, device, head, info, warnings)
 
 
-def read_model_info(path, arch):
+def read_model_info(path, arch, classes):
     """Reads the model.json beside a checkpoint. Returns (its content, warnings)."""
     info_file = path.with_suffix(".json")
     info, warnings = read_json(info_file), []
+    classes = choose_classes(classes, info, info_file)
     if info is None:
         info = {"arch": arch or "resnet50"}
         warnings.append(
             f"there is no {info_file} beside {path.name}: the network is read as a {info['arch']} "
-            "(--arch), with threshold 0.5 and grey levels unchanged"
+            f"(for another: --arch NAME, make: ARGS='--arch NAME'), with the classes "
+            f"{' and '.join(classes)}, threshold 0.5 and grey levels unchanged"
         )
     elif "arch" not in info:
         raise Failure(f"{info_file}: does not describe a model; restore it or delete it")
@@ -110,7 +115,27 @@ def read_model_info(path, arch):
         )
     if arch not in (None, info["arch"]):
         raise Failure(f"--arch {arch}: {info_file} says {info['arch']}; leave --arch out")
-    return info, warnings
+    return info | {"classes": classes}, warnings
+
+
+def choose_classes(asked, info, source):
+    """Returns the names of the two classes that a model or a table knows.
+
+    asked: --classes, or None; info: the content of the file `source`, which is a model.json or a
+    metrics.json, or None if there is no such file. Raises Failure if they contradict each other.
+    """
+    if not info:
+        return list(asked or CLASSES)
+    known = classes_of(info)
+    if asked and list(asked) != known:
+        what = f"{source} has the classes {' and '.join(known)} (positive: {known[1]})"
+        raise Failure(f"--classes {shlex.join(asked)}: {what}; leave --classes (make: CLASSES) out")
+    return known
+
+
+def classes_of(info):
+    """Returns the class names in the content of a model.json or metrics.json."""
+    return info.get("classes", list(CLASSES))  # an earlier version did not write them
 
 
 def build_head(backbone, path):
@@ -120,8 +145,8 @@ def build_head(backbone, path):
     if shapes != [(1, width), (1,)]:
         raise Failure(
             f"{path}: expected one output neuron with {width} inputs in {backbone.head_name}, "
-            f"found weight and bias {shapes}; train.py --weights {path} trains a new one on this "
-            "network"
+            f"found weight and bias {shapes}; train.py --weights {path} (make train "
+            f"WEIGHTS={path}) trains a new one on this network"
         )
     head = nn.Linear(width, 1).requires_grad_(False)
     head.weight.copy_(weight)
@@ -220,20 +245,28 @@ def readable_views(model, xrays, predictions):
     return common.Views(readable, 1, model.info.get("window", 0))
 
 
-def read_other(args, files):
+def read_other(args, files, labels, classes):
     """Reads the table of --compare before the work, to find a wrong file at once; None without it.
 
-    files: names of the images that will be scored.
+    files, labels: of the images that will be scored; classes: of the model.
     """
     if not args.compare:
         return None
-    other = drop_unreadable(read_predictions(args.compare))
+    report = report_beside(args.compare)
+    if report and classes_of(report) != classes:
+        expected, found = (" and ".join(names) for names in (classes, classes_of(report)))
+        raise Failure(
+            f"{args.compare}: expected the classes {expected}, in this order, found {found}"
+        )
+    other = drop_unreadable(read_predictions(args.compare, classes))
     unknown = sorted(set(other["file"]) - set(files))
     if unknown:
         raise Failure(
             f"{args.compare}: expected predictions for the same {len(files)} images; it also "
             f"has {len(unknown)} others, for example {unknown[0]}"
         )
+    if not args.skip_bad:
+        match_predictions(other, files, labels, args.compare)
     return other
 
 
@@ -247,6 +280,8 @@ def summarise(predictions, origin, other, args):
     before the scores (see describe_origin); other: the table of --compare, or None.
     """
     readable = drop_unreadable(predictions)
+    classes = origin["classes"]
+    check_both_classes(readable, classes)
     _, labels, patients = as_arrays(readable)
     model, threshold = origin["model"] or {}, origin["threshold"]
     metrics = measure_scores(readable, threshold, args.seed)
@@ -261,11 +296,11 @@ def summarise(predictions, origin, other, args):
         "n": len(readable),
         "patients": len(set(patients)),
         "patients_by_class": {
-            name: len(set(patients[labels == label])) for label, name in enumerate(CLASSES)
+            name: len(set(patients[labels == label])) for label, name in enumerate(classes)
         },
         "names_without_patient": int((readable["patient"] == "").sum()),
         "unreadable": len(predictions) - len(readable),
-        "positive": CLASSES[1],
+        "positive": classes[1],
         "counts": count_outcomes(readable, threshold),
         "metrics": metrics,
         "intervals": INTERVALS.format(
@@ -317,7 +352,8 @@ def report_beside(path):
 
 def write_report(folder, report, predictions, pictures):
     """Writes all files of a report except worst.png. pictures: names of those on the page."""
-    write_predictions(folder / "predictions.csv", predictions, report["threshold"])
+    path, threshold = folder / "predictions.csv", report["threshold"]
+    write_predictions(path, predictions, threshold, report["classes"])
     write_json(folder / "metrics.json", report)
     draw_pictures(folder, drop_unreadable(predictions), report)
     write_page(folder, report, pictures)
@@ -329,11 +365,13 @@ def write_report(folder, report, predictions, pictures):
 def score_split(args):
     """Scores the images of a split, which have labels."""
     check_test_exists(args)
-    rows = read_metadata(args.data_dir)
-    xrays = read_split(args.data_dir, args.split, rows=rows)
+    model = load_model(args.checkpoint, args.device, args.arch, args.classes)
+    classes = model.info["classes"]
+    check_folder_names(args, classes)
+    rows = read_metadata(args.data_dir, classes)
+    xrays = read_split(args.data_dir, args.split, classes=classes, rows=rows)
     names = [printable(xray.path.relative_to(args.data_dir)) for xray in xrays]
-    other = read_other(args, names)
-    model = load_model(args.checkpoint, args.device, args.arch)
+    other = read_other(args, names, [xray.label for xray in xrays], classes)
     check_outputs(args, model, "metrics.json", "predictions.csv")
     predictions, novelty = predict(model, xrays, names, args)
     views = readable_views(model, xrays, predictions)
@@ -358,7 +396,8 @@ def describe_origin(args, model, predictions, xrays, rows, novelty):
     """
     from cxr.shortcuts import single_number_baselines  # slow to import: scikit-learn
 
-    training, reason = list_training_xrays(args.data_dir, rows)
+    classes = model.info["classes"]
+    training, reason = list_training_xrays(args.data_dir, rows, classes)
     info_file = args.checkpoint.with_suffix(".json")
     threshold, threshold_from = choose_threshold(args, model.info, info_file)
     baselines = None
@@ -367,6 +406,7 @@ def describe_origin(args, model, predictions, xrays, rows, novelty):
             predictions, xrays, training, reason, common.SIZE, args.seed
         )
     return {
+        "classes": classes,
         "split": args.split,
         "data": str(args.data_dir / args.split),
         "model": describe_model(args.checkpoint, model.info),
@@ -380,18 +420,19 @@ def describe_origin(args, model, predictions, xrays, rows, novelty):
 
 def classify_new(args):
     """Classifies new images: files, and the images directly inside folders."""
-    xrays = list_named_images(args.images)
+    model = load_model(args.checkpoint, args.device, args.arch, args.classes)
+    classes = model.info["classes"]
+    xrays = list_named_images(args.images, classes)
     path = args.results_dir / "new_predictions.csv"
-    model = load_model(args.checkpoint, args.device, args.arch)
     check_outputs(args, model, path.name)
     names = [printable(xray.path) for xray in xrays]
     predictions, novelty = predict(model, xrays, names, args)
     info_file = args.checkpoint.with_suffix(".json")
     threshold, threshold_from = choose_threshold(args, model.info, info_file)
     replaced = "; it replaced an earlier one" if path.exists() else ""
-    write_predictions(path, predictions, threshold)
+    write_predictions(path, predictions, threshold, classes)
     print(f"Model {args.checkpoint}, threshold {threshold:.4g} ({threshold_from})\n")
-    print_predictions(predictions, threshold)
+    print_predictions(predictions, threshold, classes)
     for text in model.warnings + novelty_warnings(novelty):
         warn(text)
     if args.cam:
@@ -400,26 +441,31 @@ def classify_new(args):
     print(f"\nWrote {path}{replaced}")
 
 
-def print_predictions(predictions, threshold):
+def print_predictions(predictions, threshold, classes):
     """Prints probability and predicted class of each image."""
     width = max(len(file) for file in predictions["file"])
-    print(f"{'file':{width}}  P({CLASSES[1]})  prediction")
-    classes = predicted_classes(predictions, threshold)
-    for row, name in zip(predictions.itertuples(), classes, strict=True):
+    header = f"P({classes[1]})"
+    print(f"{'file':{width}}  {header}  prediction")
+    predicted = predicted_classes(predictions, threshold, classes)
+    for row, name in zip(predictions.itertuples(), predicted, strict=True):
         prob = "-" if row.error else f"{row.probability:.3f}"
         novelty = ""
         if row.unlike > 1:
             novelty = f", unlike the training images (novelty {row.unlike:.2g}, usually below 1)"
-        print(f"{row.file:{width}}  {prob:>12}  {row.error or name}{novelty}")
+        print(f"{row.file:{width}}  {prob:>{len(header)}}  {row.error or name}{novelty}")
 
 
 def rescore(args):
     """Scores an earlier predictions.csv again (--from), without images and network."""
-    predictions, before = read_predictions(args.source), report_beside(args.source)
-    other = read_other(args, predictions["file"].tolist())
+    before = report_beside(args.source)
+    classes = choose_classes(args.classes, before, args.source.with_name("metrics.json"))
+    predictions = read_predictions(args.source, classes)
+    readable = drop_unreadable(predictions)
+    files, labels = readable["file"].tolist(), readable["label"].tolist()
+    other = read_other(args, files, labels, classes)
     if args.results_dir:
         check_outputs(args, None, "metrics.json", "predictions.csv")
-    origin = earlier_origin(args, predictions, before)
+    origin = earlier_origin(args, predictions, before, classes)
     report = summarise(predictions, origin, other, args)
     if args.results_dir:
         # Without the images there is no picture of the worst ones.
@@ -432,12 +478,13 @@ def rescore(args):
         warn(text)
 
 
-def earlier_origin(args, predictions, before):
+def earlier_origin(args, predictions, before, classes):
     """Returns a dict like that of describe_origin. before: the earlier metrics.json, or {}."""
     metrics_file = args.source.with_name("metrics.json")
     threshold, threshold_from = choose_threshold(args, before, metrics_file)
     mismatch = table_warnings(predictions, before, args.source)
     return {
+        "classes": classes,
         "split": before.get("split", args.split),
         "data": before.get("data", str(args.source)),
         "model": before.get("model"),
@@ -470,29 +517,40 @@ def check_test_exists(args):
         return
     saved = f"{args.checkpoint} is saved. " if args.checkpoint.exists() else ""
     raise Failure(
-        f"{folder}: no such folder, expected images to test on. {saved}Run split_val.py --undo, "
-        "move whole patients from train/ to test/, then split and train again. (--split val is no "
-        "test result)"
+        f"{folder}: no such folder, expected images to test on. {saved}Run split_val.py --undo "
+        "(make split ARGS=--undo), move whole patients from train/ to test/, then split and train "
+        "again. (--split val is no test result)"
     )
 
 
-def list_named_images(paths):
+def check_folder_names(args, classes):
+    """Raises Failure if the two folders of the images have other names than the model's classes."""
+    folder = args.data_dir / args.split
+    other = find_other_classes(folder, classes) if folder.is_dir() else []
+    if other and args.checkpoint.with_suffix(".json").exists():
+        raise Failure(
+            f"{folder}: found the folders {' and '.join(other)}, but {args.checkpoint} knows the "
+            f"classes {' and '.join(classes)}; rename the folders, or use a model of these classes"
+        )
+
+
+def list_named_images(paths, classes):
     """Returns the Xrays of these files, and of the images directly inside these folders."""
     files = []
     for path in paths:
         if not path.is_file() and not path.is_dir():
             raise Failure(f"{path}: no such file, expected an image or a folder")
-        files += list_folder(path) if path.is_dir() else [path]
+        files += list_folder(path, classes) if path.is_dir() else [path]
     return [Xray(file, None, hash_file(file)) for file in files]
 
 
-def list_folder(folder):
+def list_folder(folder, classes):
     """Returns the images directly inside a folder. Raises Failure if there are none."""
     images = list_images(folder, warn_of_others=True)
     if images:
         return images
-    classes = [str(folder / name) for name in CLASSES if (folder / name).is_dir()]
-    advice = f"; name its class folders instead: {' '.join(classes)}" if classes else ""
+    paths = [str(folder / name) for name in classes if (folder / name).is_dir()]
+    advice = f"; name its class folders instead: {shlex.join(paths)}" if paths else ""
     suffixes = image_suffixes()
     raise Failure(f"{folder}: expected images ({suffixes}) directly inside, found none{advice}")
 
@@ -502,7 +560,7 @@ def check_outputs(args, model, *names):
     check_writable(*(args.results_dir / name for name in names))
     if not args.cam:
         return
-    check_maps_apart(args)
+    check_maps_apart(args, model.info["classes"])
     noise = torch.randint(256, (1, 1, common.SIZE, common.SIZE), dtype=torch.uint8)
     if class_maps(model, noise) is None:
         raise Failure(
@@ -512,12 +570,12 @@ def check_outputs(args, model, *names):
     check_writable(args.cam / "map.png")
 
 
-def check_maps_apart(args):
+def check_maps_apart(args, classes):
     """Raises Failure if --cam would write maps into a folder with images."""
     image_folders = [path if path.is_dir() else path.parent for path in args.images]
     for split in SPLITS:
-        image_folders += [args.data_dir / split / name for name in CLASSES]
-    map_folders = [args.cam, *(args.cam / name for name in CLASSES)]
+        image_folders += [args.data_dir / split / name for name in classes]
+    map_folders = [args.cam, *(args.cam / name for name in classes)]
     # The next run would read the maps as images.
     if {path.resolve() for path in map_folders} & {path.resolve() for path in image_folders}:
         raise Failure(f"--cam {args.cam}: this folder contains images; choose another folder")
@@ -530,7 +588,8 @@ def probability(text):
     """The argparse type of --threshold."""
     if text == "youden" or text.startswith("sensitivity="):
         raise argparse.ArgumentTypeError(
-            f"{text} is a rule, which is fitted on val/ in the training: use it with train.py"
+            f"{text} is a rule, which is fitted on val/ in the training: use it with train.py "
+            f"(make train ARGS='--threshold {text}')"
         )
     value = float(text)
     if not 0 <= value <= 1:
@@ -538,16 +597,27 @@ def probability(text):
     return value
 
 
+def find_table(path):
+    """Returns the predictions.csv in a folder or in its results/, as in runs/x; a file as it is."""
+    if not path.is_dir():
+        return path
+    in_results = path / "results" / "predictions.csv"
+    return in_results if in_results.exists() else path / "predictions.csv"
+
+
 def parse_args(argv=None):
     parser = Parser("evaluate.py", __doc__)
     data, scores, output, machine = parser.groups("data", "scores", "output", "machine")
     add_network_flags(data, output, machine)
     none = argparse.SUPPRESS  # hides "(default: None)" in the help
-    parser.set_defaults(images=[], prevalence=[])
+    parser.set_defaults(images=[], prevalence=[], classes=None)
     parser.set_defaults(arch=None, split=None, source=None, compare=None, threshold=None, cam=None)
     # fmt: off
     data.add_argument("images", nargs="*", type=Path, default=none, metavar="FILE_OR_FOLDER",
         help="new images to classify, instead of scoring a split")
+    data.add_argument("--classes", nargs=2, type=class_name, default=none,
+        metavar=("NEGATIVE", "POSITIVE"), help="names of the two classes, for a model or a table "
+             f"that does not hold them (default: those it holds, else {' '.join(CLASSES)})")
     data.add_argument("--split", choices=("test", "val", "train"), default=none,
         help="the images to score (default: test)")
     data.add_argument("--from", type=Path, default=none, dest="source", metavar="CSV",
@@ -556,12 +626,12 @@ def parse_args(argv=None):
     data.add_argument("--arch", default=none, metavar="NAME",
         help="network of a --checkpoint that has no model.json (default: resnet50)")
     scores.add_argument("--threshold", type=probability, default=none, metavar="T",
-        help="probability above which an image is PNEUMONIA, 0 to 1 (default: the threshold that "
+        help="probability above which an image is positive, 0 to 1 (default: the threshold that "
              "is stored with the model)")
     scores.add_argument("--prevalence", type=number(float, 1e-6, 1 - 1e-6), action="append",
         default=none, metavar="P",
-        help="share of PNEUMONIA in another place, between 0 and 1: also compute PPV and NPV for "
-             "it (may be given several times)")
+        help="share of positive images in another place, between 0 and 1: also compute PPV and "
+             "NPV for it (may be given several times)")
     scores.add_argument("--compare", type=Path, default=none, metavar="CSV",
         help="predictions.csv (or its folder) of another model for the same images: compute the "
              "differences, this model minus the other (--threshold then holds for both)")
@@ -580,10 +650,8 @@ def parse_args(argv=None):
     args.split = args.split or "test"
     if args.cam:
         args.cam = args.results_dir / args.cam
-    for name in ("source", "compare"):
-        path = getattr(args, name)
-        if path and path.is_dir():
-            setattr(args, name, path / "predictions.csv")
+    args.source = args.source and find_table(args.source)
+    args.compare = args.compare and find_table(args.compare)
     if args.source and args.results_dir is FLAGS["--results-dir"]["default"]:
         args.results_dir = None  # it was not given, so --from only prints
     return args

@@ -22,8 +22,15 @@ from pathlib import Path
 from common import SIZE
 from cxr.cli import Parser, add_flags, number, run
 from cxr.errors import Failure, warn
-from cxr.files import check_writable, read_json, sync_folder, write_json
-from cxr.folders import CLASSES, SPLIT_FILE, list_splits, list_val, names_by_class
+from cxr.files import check_writable, sync_folder, write_json
+from cxr.folders import (
+    SPLIT_FILE,
+    check_split_classes,
+    list_splits,
+    list_val,
+    names_by_class,
+    read_split_record,
+)
 from cxr.patients import METADATA, read_split
 
 try:
@@ -37,13 +44,13 @@ FEW_IMAGES = 30  # of a class; with 30 + 30, a 95 % interval of the accuracy is 
 # ---------------------------------------------------------------- the plan
 
 
-def plan_split(data_dir, n, seed):
+def plan_split(data_dir, n, seed, classes):
     """Plans which images move. Returns the content of split_val.json, and writes nothing.
 
     n: images per class, None for the default. Raises Failure if such a split is impossible.
     """
-    train = read_train(data_dir)
-    present = names_by_class([xray.path for xray in train])
+    train = read_train(data_dir, classes)
+    present = names_by_class([xray.path for xray in train], classes)
     n_smaller = min(len(names) for names in present.values())
     default = max(1, min(n_smaller // 3, MAX_DEFAULT))
     per_class = default if n is None else n
@@ -52,12 +59,12 @@ def plan_split(data_dir, n, seed):
             f"--per-class {per_class}: train/ has {counts_in_words(present)} images, and some must "
             f"stay. Use fewer, for example --per-class {default} (make: PER_CLASS={default})"
         )
-    moved = choose_patients(train, per_class, seed)
+    moved = choose_patients(train, per_class, seed, classes)
     if not all(moved.values()):
         n_patients = len({xray.group for xray in train})
         raise Failure(
             f"--per-class {per_class}: the {n_patients} patients in train/ have too many images "
-            f"each. Check patient_id in {METADATA}, or use a larger --per-class (make: PER_CLASS=)"
+            f"each. Check patient_id in {METADATA}, or use a larger --per-class (make: PER_CLASS=N)"
         )
     if n is not None and any(len(names) < n for names in moved.values()):
         what = f"{counts_in_words(moved)} images will be moved, not {n} of each class"
@@ -70,16 +77,22 @@ def plan_split(data_dir, n, seed):
         )
     groups = set()
     for xray in train:
-        if xray.path.name in moved[CLASSES[xray.label]]:
+        if xray.path.name in moved[classes[xray.label]]:
             groups.add(xray.group)
-    return {"seed": seed, "per_class": per_class, "moved": moved, "patients": len(groups)}
+    return {
+        "classes": list(classes),
+        "seed": seed,
+        "per_class": per_class,
+        "moved": moved,
+        "patients": len(groups),
+    }
 
 
-def read_train(data_dir):
+def read_train(data_dir, classes):
     """Returns the Xrays of train/. Raises Failure if an image cannot be read."""
     # read_split finds images and patients that train/ shares with test/.
     splits = ["train", "test"] if (data_dir / "test").exists() else ["train"]
-    xrays = read_split(data_dir, *splits)
+    xrays = read_split(data_dir, *splits, classes=classes)
     unreadable = [xray.path for xray in xrays if not xray.sha256]
     if unreadable:
         n = len(unreadable)
@@ -87,7 +100,7 @@ def read_train(data_dir):
     return [xray for xray in xrays if xray.split == "train"]
 
 
-def choose_patients(xrays, n, seed):
+def choose_patients(xrays, n, seed, classes):
     """Chooses whole patients at random. Returns {class: sorted file names}, at most n per class."""
     paths_of = {}
     for xray in xrays:
@@ -101,15 +114,15 @@ def choose_patients(xrays, n, seed):
     for group in sorted(paths_of, key=random_key):
         paths = paths_of[group]
         new_counts = counts + Counter(path.parent.name for path in paths)
-        if all(new_counts[name] <= n for name in CLASSES):
+        if all(new_counts[name] <= n for name in classes):
             counts = new_counts
             chosen += paths
-    return names_by_class(chosen)
+    return names_by_class(chosen, classes)
 
 
 def counts_in_words(names):
     """Returns how many files each class has, as text. names: {class: file names}."""
-    return " and ".join(f"{len(names[name])} {name}" for name in CLASSES)
+    return " and ".join(f"{len(files)} {name}" for name, files in names.items())
 
 
 # ---------------------------------------------------------------- moving files
@@ -122,8 +135,8 @@ def list_moves(data_dir, moved, source, target):
     impossible. Warns if an image is in neither split.
     """
     moves, gone = [], []
-    for name in CLASSES:
-        for file in moved[name]:
+    for name, files in moved.items():
+        for file in files:
             old = data_dir / source / name / file
             new = data_dir / target / name / file
             if os.path.lexists(old) and os.path.lexists(new):  # lexists: also for broken links
@@ -133,15 +146,15 @@ def list_moves(data_dir, moved, source, target):
             elif not os.path.lexists(new):
                 gone.append(file)
     if moves:
-        check_folders_writable(data_dir)
+        check_folders_writable(data_dir, moved)
     if gone:
         warn(f"{gone[0]}: it was part of the split and is gone ({len(gone)} such images)")
     return moves
 
 
-def check_folders_writable(data_dir):
+def check_folders_writable(data_dir, classes):
     """Raises Failure if a folder cannot be changed. Its message names the flags that help."""
-    for folder in list_folders(data_dir):
+    for folder in list_folders(data_dir, classes):
         if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
             source = shlex.quote(str(data_dir))
             raise Failure(
@@ -150,15 +163,15 @@ def check_folders_writable(data_dir):
             )
 
 
-def list_folders(data_dir):
+def list_folders(data_dir, classes):
     """Returns the folders that a split may change."""
     folders = [data_dir]
     for split in ("train", "val"):
-        folders += [data_dir / split, *(data_dir / split / name for name in CLASSES)]
+        folders += [data_dir / split, *(data_dir / split / name for name in classes)]
     return folders
 
 
-def move(data_dir, moves):
+def move(data_dir, moves, classes):
     """Renames images, and never copies: at every moment each image is complete and in one place."""
     try:
         for folder in {new.parent for _, new in moves}:
@@ -173,7 +186,7 @@ def move(data_dir, moves):
             raise
         message = f"{new}: is on another file system than {old}; put both on the same one"
         raise Failure(message) from None
-    for folder in list_folders(data_dir):
+    for folder in list_folders(data_dir, classes):
         sync_folder(folder)
 
 
@@ -181,7 +194,7 @@ def move(data_dir, moves):
 def lock(data_dir):
     """Locks a data folder, so that one split_val.py works on it; removes leftover files."""
     if not data_dir.is_dir():
-        raise Failure(f"{data_dir}: no such folder; name the folder of the images with --data-dir")
+        raise Failure(f"{data_dir}: no such folder; name it with --data-dir DIR (make: DATA=DIR)")
     if fcntl is None:
         yield
         return
@@ -212,16 +225,17 @@ def wait_for_lock(descriptor, data_dir):
 
 def split(args):
     """Moves images from train/ to val/, or completes a split that was interrupted."""
-    data_dir, record_file = args.data_dir, args.data_dir / SPLIT_FILE
+    data_dir, classes = args.data_dir, args.classes
     if args.link_from:
-        link_images(data_dir, args.link_from)
+        link_images(data_dir, args.link_from, classes)
     with lock(data_dir):
-        record, val = read_json(record_file), list_val(data_dir)
+        check_split_classes(data_dir, classes)
+        record, val = read_split_record(data_dir), list_val(data_dir, classes)
         if record is None and any(val.values()):
             keep_existing_val(data_dir, val)
             return
         if record is None:
-            plan = plan_split(data_dir, args.per_class, args.seed)
+            plan = plan_split(data_dir, args.per_class, args.seed, classes)
         else:
             plan = record
             warn_if_flags_differ(args, record)
@@ -232,8 +246,10 @@ def split(args):
             print(f"{data_dir}: already split, {images} in val/ ({seed}); nothing was moved")
             return
         if record is None:
-            write_json(record_file, plan)  # before the first move, so a later run can finish it
-        move(data_dir, moves)
+            write_json(
+                data_dir / SPLIT_FILE, plan
+            )  # before the first move, so a later run can finish it
+        move(data_dir, moves, classes)
     print(
         f"Moved {counts_in_words(plan['moved'])} images of {plan['patients']} patients from "
         f"{data_dir / 'train'} to {data_dir / 'val'} (seed {plan['seed']})"
@@ -246,7 +262,8 @@ def keep_existing_val(data_dir, val):
     print(f"{data_dir / 'val'} came with the data ({counts} images) and is not changed")
     if min(len(names) for names in val.values()) < FEW_IMAGES:
         what = "with so few images, chance decides when the training stops"
-        warn(f"{what}. For a larger val/, run split_val.py --undo, then split again")
+        undo = "split_val.py --undo (make split ARGS=--undo)"
+        warn(f"{what}. For a larger val/, run {undo}, then split again")
 
 
 def warn_if_flags_differ(args, record):
@@ -258,31 +275,35 @@ def warn_if_flags_differ(args, record):
     )  # seed 0 is the default, so it asks for nothing
     if asked != (n, seed):
         existing = f"was split with --per-class {n} --seed {seed}; this split stays"
-        warn(f"{args.data_dir}: {existing}. For another split, run split_val.py --undo first")
+        undo = "split_val.py --undo (make split ARGS=--undo)"
+        warn(f"{args.data_dir}: {existing}. For another split, run {undo} first")
 
 
-def link_images(data_dir, source):
+def link_images(data_dir, source, classes):
     """Makes data_dir a folder of links to the images in `source`, which is only read."""
     source = source.resolve()
     if source == data_dir.resolve():
-        raise Failure(f"--link-from {source}: is the same as --data-dir; name a new --data-dir")
+        asked = f"--link-from {source} (make: LINK_FROM={source})"
+        raise Failure(f"{asked}: is the folder of --data-dir (make: DATA=) itself; name a new one")
     splits = ["train", *(name for name in ("val", "test") if (source / name).is_dir())]
     try:
-        images = list_splits(source, splits)
+        images = list_splits(source, splits, classes)
     except Failure as error:  # its message names the wrong flag
-        raise Failure(str(error).replace("--data-dir", "--link-from")) from None
+        message = str(error).replace("--data-dir", "--link-from")
+        raise Failure(message.replace("make: DATA=", "make: LINK_FROM=")) from None
     n_linked = 0
     for path, label, split in images:
         # The image may have been linked before, and the split may have moved the link to val/.
-        link = data_dir / split / CLASSES[label] / path.name
-        moved_link = data_dir / "val" / CLASSES[label] / path.name
+        link = data_dir / split / classes[label] / path.name
+        moved_link = data_dir / "val" / classes[label] / path.name
         existing = [candidate for candidate in (link, moved_link) if os.path.lexists(candidate)]
         if not existing:
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(path)
             n_linked += 1
         elif existing[0].resolve() != path.resolve():
-            raise Failure(f"{existing[0]}: is not a link to {path}; name another --data-dir")
+            advice = "name another folder with --data-dir DIR (make: DATA=DIR)"
+            raise Failure(f"{existing[0]}: is not a link to {path}; {advice}")
     if (source / METADATA).exists() and not os.path.lexists(data_dir / METADATA):
         (data_dir / METADATA).symlink_to(source / METADATA)
     print(f"Linked {n_linked} images of {source} into {data_dir}")
@@ -290,21 +311,22 @@ def link_images(data_dir, source):
 
 def undo(args):
     """Moves the split (without a record: all of val/) into train/, and removes the record last."""
-    data_dir, record_file = args.data_dir, args.data_dir / SPLIT_FILE
-    val_dir = data_dir / "val"
+    data_dir, val_dir = args.data_dir, args.data_dir / "val"
     with lock(data_dir):
-        record, val = read_json(record_file), list_val(data_dir)
+        record = read_split_record(data_dir)
+        classes = record["classes"] if record else args.classes
+        val = list_val(data_dir, classes)
         if record is None and not any(val.values()):
             print(f"{data_dir}: there is no split to undo")
             return
         moves = list_moves(data_dir, record["moved"] if record else val, "val", "train")
-        move(data_dir, moves)
-        for folder in (*(val_dir / name for name in CLASSES), val_dir):
+        move(data_dir, moves, classes)
+        for folder in (*(val_dir / name for name in classes), val_dir):
             with contextlib.suppress(OSError):  # missing, or not empty: other files stay
                 folder.rmdir()
-        record_file.unlink(missing_ok=True)
+        Path(data_dir, SPLIT_FILE).unlink(missing_ok=True)
         sync_folder(data_dir)
-        n_left = sum(len(names) for names in list_val(data_dir).values())
+        n_left = sum(len(names) for names in list_val(data_dir, classes).values())
     print(f"Moved {len(moves)} images back from {val_dir} to {data_dir / 'train'}")
     if n_left:
         warn(f"{n_left} images in {val_dir} were not part of the split, so they stay there")
@@ -320,7 +342,7 @@ def check(args):
     if args.json:
         check_writable(args.json)
     with lock(args.data_dir):
-        report = examine(args.data_dir, SIZE)
+        report = examine(args.data_dir, SIZE, args.classes)
     print_report(report, SIZE)
     if args.json:
         write_json(args.json, report)
@@ -337,7 +359,7 @@ def parse_args(argv=None):
     data, output, machine = parser.groups("data", "output", "machine")
     none = argparse.SUPPRESS  # hides "(default: None)" in the help
     parser.set_defaults(per_class=None, link_from=None, json=None)
-    add_flags(data, "--data-dir", "--seed")
+    add_flags(data, "--data-dir", "--classes", "--seed")
     verb = data.add_mutually_exclusive_group()
     # fmt: off
     verb.add_argument("--undo", action="store_true",

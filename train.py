@@ -32,7 +32,7 @@ from cxr.cli import Parser, add_flags, add_network_flags, number, run
 from cxr.curves import choose_samples, draw_curves, draw_samples, write_history
 from cxr.errors import INTERRUPTED, Failure, interrupt_exit_code
 from cxr.files import check_writable, versions, write_json
-from cxr.folders import CLASSES, SPLIT_FILE
+from cxr.folders import SPLIT_FILE, check_split_classes
 from cxr.novelty import describe_features
 from cxr.patients import read_split
 from cxr.proportions import accuracy_intervals, format_interval
@@ -102,7 +102,8 @@ def train_head(data, args, seed, log=print):
                 f"Val Loss: {val_loss:.4f}, Val Acc: {val_accuracy:.4f}, LR: {lr:.1e}"
             )
             if not math.isfinite(train_loss + val_loss):
-                raise Failure(f"epoch {epoch}: the loss is not finite; use a smaller --lr", 3)
+                advice = f"use a smaller --lr (make: LR={args.lr / 10:g})"
+                raise Failure(f"epoch {epoch}: the loss is not finite; {advice}", 3)
 
             improved = val_loss < best_val_loss
             if improved:
@@ -242,7 +243,8 @@ def load_inputs(args, *outputs):
     splits = ["train", "val"]
     if args.folds and not (args.data_dir / "val").exists():
         splits = ["train"]  # cross-validation does not need val/
-    xrays = read_split(args.data_dir, *splits)
+    check_split_classes(args.data_dir, args.classes)
+    xrays = read_split(args.data_dir, *splits, classes=args.classes)
     state, source = load_weights(args)
     backbone = common.build_backbone(args.arch, state, source)
     check_writable(*outputs)
@@ -266,7 +268,7 @@ def load_features(backbone, xrays, args, device, dtype, for_training):
         compiled=args.compile and for_training,
     )
     labels = {xray.label for xray in readable}
-    for label, name in enumerate(CLASSES):
+    for label, name in enumerate(args.classes):
         if label not in labels:
             raise Failure(f"{args.data_dir}: no readable {name} image is left")
     return features, readable, unreadable
@@ -277,12 +279,12 @@ def labels_of(xrays):
     return torch.tensor([float(xray.label) for xray in xrays])
 
 
-def print_class_weight(labels):
+def print_class_weight(labels, classes):
     """Prints the weight of a positive image in the loss, if the classes differ in size."""
     n_positive = int(labels.sum())
     n_negative = len(labels) - n_positive
     if n_positive != n_negative:
-        negative, positive = CLASSES
+        negative, positive = classes
         weight = balanced_criterion(labels).pos_weight.item()
         counts = f"{n_negative} {negative} and {n_positive} {positive} images"
         weighting = f"in the loss, each {positive} image has the weight {weight:.3g}"
@@ -308,7 +310,7 @@ def train(args):
     common.end_other_ranks()
     val_features = val_features[:, 0]
     data = HeadData(train_features, labels_of(train_xrays), val_features, labels_of(val_xrays))
-    print_class_weight(data.train_labels)
+    print_class_weight(data.train_labels, args.classes)
 
     with one_thread():
         best, heads = train_seeds(data, args)
@@ -335,7 +337,8 @@ def train(args):
     draw_training(args, best, train_xrays)
     print(f"Saved {saved}; curves and samples are in {args.results_dir}")
     if report_file.exists():
-        print(f"{report_file} belongs to an earlier model; run evaluate.py for the new one")
+        what = f"{report_file} belongs to an earlier model"
+        print(f"{what}; for the new one, run evaluate.py (make evaluate)")
 
 
 def fit_on_val(head, data, val_xrays, args):
@@ -370,7 +373,7 @@ def describe_training(args, backbone, best, heads):
     return {
         "arch": args.arch,
         "weights": args.weights,
-        "classes": list(CLASSES),
+        "classes": list(args.classes),
         "transforms": [str(transform) for transform in transforms],
         "window": args.window,
         "threshold_rule": "fixed" if isinstance(args.threshold, float) else args.threshold,
@@ -406,7 +409,7 @@ def draw_training(args, best, xrays):
         image = common.load_image(xray.path, args.window)
         numbers = range(min(args.views, 8))
         views.append([common.make_view(image, number, xray.sha256) for number in numbers])
-    draw_samples(args.results_dir / "samples.png", samples, views)
+    draw_samples(args.results_dir / "samples.png", samples, views, args.classes)
 
 
 # ---------------------------------------------------------------- cross-validation
@@ -443,10 +446,12 @@ def cross_validate(args):
     folds.print_cross_validation(metrics, epochs, len(xrays), args)
     content = {"folds": args.folds, "repeats": args.repeats, "n": len(xrays)}
     write_json(json_file, content | {"metrics": metrics, "epochs": epochs})
-    order, table = folds.rank_doubtful(probs, data.labels, xrays, args.threshold, args.data_dir)
+    order, table = folds.rank_doubtful(
+        probs, data.labels, xrays, args.threshold, args.data_dir, args.classes
+    )
     folds.write_doubtful(table_file, table)
     pictures = [common.load_image(xrays[row].path, args.window) for row in order[: folds.N_DRAWN]]
-    folds.draw_doubtful(sheet_file, table, pictures)
+    folds.draw_doubtful(sheet_file, table, pictures, args.classes[1])
     names = f"{json_file}, {table_file.name} and {sheet_file.name}"
     print(f"Wrote {names}; the test images were not used")
 
@@ -534,6 +539,7 @@ def parse_args(argv=None):
     parser = Parser("train.py", __doc__)
     data, training, output, machine = parser.groups("data", "training", "output", "machine")
     add_network_flags(data, output, machine)
+    add_flags(data, "--classes")
     # fmt: off
     data.add_argument("--window", type=number(float, 0, 40), default=2.0, metavar="PERCENT",
         help="the darkest PERCENT of an image's pixels become black, and the brightest white (0 = "
@@ -554,7 +560,7 @@ def parse_args(argv=None):
     training.add_argument("--patience", type=number(int, 0), default=5, metavar="N",
         help="epochs without a better val loss before stopping (0 = never stop early)")
     training.add_argument("--threshold", type=threshold_rule, default=0.5, metavar="T",
-        help="probability above which an image is PNEUMONIA: a number from 0 to 1, or a rule that "
+        help="probability above which an image is positive: a number from 0 to 1, or a rule that "
              "is fitted on val/ (youden, or sensitivity=0.95)")
     training.add_argument("--no-calibrate", action="store_true",
         help="leave the probabilities uncalibrated (no Platt scaling)")
@@ -577,12 +583,13 @@ def parse_args(argv=None):
     if args.folds and args.seeds > 1:
         parser.error("--seeds and --folds cannot be used together")
     if args.repeats > 1 and not args.folds:
-        parser.error("--repeats needs --folds")
+        parser.error("--repeats needs --folds (make cv)")
     description_file = args.checkpoint.with_suffix(".json").name
+    asked = f"--checkpoint {args.checkpoint} (make: MODEL={args.checkpoint})"
     if args.checkpoint.suffix not in (".pth", ".pt") or description_file == SPLIT_FILE:
-        parser.error(f"--checkpoint {args.checkpoint}: expected a name like model.pth")
+        parser.error(f"{asked}: expected a name like model.pth")
     if args.checkpoint.resolve() == Path(args.weights).resolve():
-        parser.error(f"--checkpoint {args.checkpoint}: is the file of --weights; use another name")
+        parser.error(f"{asked}: is the file of --weights (make: WEIGHTS=); use another name")
     return args
 
 

@@ -12,7 +12,7 @@ import PIL.Image
 from cxr.decode import explain_unreadable
 from cxr.duplicates import find_nearly_same, find_negatives, find_same
 from cxr.errors import Failure, is_system_error
-from cxr.folders import CLASSES, check_split_is_complete, list_splits, list_val
+from cxr.folders import check_split_is_complete, list_splits, list_val
 from cxr.leaks import find_shared_patients
 from cxr.patients import Xray, identify_all, read_metadata
 from cxr.shortcuts import find_properties, find_shortcuts, image_numbers
@@ -36,7 +36,7 @@ class ExaminedXray(NamedTuple):
 
 def examine_image(xray, size):
     """Decodes an image. Returns an ExaminedXray, or (file, reason) if it cannot be read."""
-    folder = f"{xray.split}/{CLASSES[xray.label]}"
+    folder = f"{xray.split}/{xray.path.parent.name}"
     file = f"{folder}/{xray.path.name}"
     try:
         numbers, grey, decoded = image_numbers(xray.path, size)
@@ -57,37 +57,38 @@ def examine_image(xray, size):
     )
 
 
-def list_xrays(data_dir):
+def list_xrays(data_dir, classes):
     """Returns (splits that exist, their Xrays). Raises Failure as list_split does."""
     check_split_is_complete(data_dir)
     splits = ["train"]
-    if any(list_val(data_dir).values()):
+    if any(list_val(data_dir, classes).values()):
         splits.append("val")
     if (data_dir / "test").exists():
         splits.append("test")
-    listed = list_splits(data_dir, splits, warn_of_others=True)
-    return splits, identify_all(listed, read_metadata(data_dir))
+    listed = list_splits(data_dir, splits, classes, warn_of_others=True)
+    return splits, identify_all(listed, read_metadata(data_dir, classes))
 
 
-def examine(data_dir, size):
+def examine(data_dir, size, classes):
     """Examines a data folder. Returns the report as a dict, which is the content of --json.
 
     size: see cxr.decode.decode. Raises Failure if no image of a class folder can be read.
     """
-    splits, xrays = list_xrays(data_dir)
+    splits, xrays = list_xrays(data_dir, classes)
     with ThreadPoolExecutor() as pool:
         results = list(pool.map(partial(examine_image, size=size), xrays))
     examined = [result for result in results if isinstance(result, ExaminedXray)]
     unreadable = [result for result in results if not isinstance(result, ExaminedXray)]
     n_images = Counter(x.folder for x in examined)
     patients = {(x.folder, x.patient) for x in examined}
-    if len(n_images) < len(CLASSES) * len(splits):  # a folder has no readable image
+    if len(n_images) < len(classes) * len(splits):  # a folder has no readable image
         for file, reason in unreadable:
             folder = file.rpartition("/")[0]
             if folder not in n_images:
                 raise Failure(f"{data_dir / folder}: no image can be read ({file}: {reason})")
 
     report = {
+        "classes": list(classes),
         "images": n_images,
         "patients": Counter(folder for folder, _ in patients),
         "unreadable": unreadable,
@@ -99,7 +100,8 @@ def examine(data_dir, size):
         message = "there is no test/, so no result can be reported"
         report["warnings"].append(f"{message}; before the split, move whole patients there")
     checks = (find_same, find_nearly_same, find_negatives, find_shared_patients, find_properties)
-    for find in (*checks, partial(find_shortcuts, scored_on=splits[-1])):
+    shortcuts = partial(find_shortcuts, scored_on=splits[-1], classes=classes)
+    for find in (*checks, shortcuts):
         entries, errors, warnings = find(examined)
         report |= entries
         report["errors"] += errors
@@ -109,14 +111,15 @@ def examine(data_dir, size):
 
 def print_report(report, size):
     """Prints the report. size: pixels to which images are resized."""
-    print("images (patients)" + "".join(f"{name:>18}" for name in CLASSES))
+    classes = report["classes"]
+    print("images (patients)" + "".join(f"  {name:>16}" for name in classes))
     pairs = report["same_patient_pairs"]
     for split in pairs:
         line = f"  {split:<15}"
-        for name in CLASSES:
+        for name in classes:
             folder = f"{split}/{name}"
             cell = f"{report['images'][folder]} ({report['patients'][folder]})"
-            line += f"{cell:>18}"
+            line += f"  {cell:>{max(16, len(name))}}"
         print(line)
     text = ", ".join(f"{n} in {split}/" for split, n in pairs.items())
     print(f"pairs of images of one patient within a split: {text}")
@@ -146,10 +149,10 @@ def print_properties(report, size):
 
 def print_single_numbers(report):
     """Prints how well the numbers separate the classes, and one split from the others."""
-    split = report["scored_on"]
+    split, classes = report["scored_on"], report["classes"]
     fitted_on = "the other images" if report["shift"] else "other patients"
     print(f"\nShortcuts: how well a simple measurement separates the classes of {split}/ without a")
-    print(f"network, fitted on {fitted_on}. If the rule is true, {CLASSES[1]} is predicted.")
+    print(f"network, fitted on {fitted_on}. If the rule is true, {classes[1]} is predicted.")
     print("! marks an alarm.")
     for row in report["shortcuts"]:
         scores = f"accuracy {row['accuracy']:.3f} (n {row['n']})   AUROC {row['auroc']:.3f}"
@@ -161,7 +164,7 @@ def print_single_numbers(report):
         print("the same class (AUROC; 0.5: not at all). ! marks an alarm.")
     for row in report["shift"]:
         line = f"  {row['number']:<15}"
-        for name in CLASSES:
+        for name in classes:
             mark = "!" if row[name]["alarm"] else " "
             line += f"   {name} {row[name]['auroc']:.3f} {mark}"
         print(line)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cxr import errors
 from cxr.errors import Failure, Terminated, interrupt_exit_code, rank_and_world
+from cxr.folders import CLASSES
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -25,6 +26,12 @@ class Parser(argparse.ArgumentParser):
     def groups(self, *titles):
         """Adds one group of flags for each title, and returns them in this order."""
         return [self.add_argument_group(title) for title in titles]
+
+    def parse_args(self, argv=None):
+        args = super().parse_args(argv)
+        if args.classes and args.classes[0] == args.classes[1]:
+            self.error(f"--classes: expected two different names, found {args.classes[0]} twice")
+        return args
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -44,10 +51,20 @@ def number(kind, low, high=float("inf")):
     return convert
 
 
+def class_name(text):
+    """The argparse type of --classes: the name of a folder, which a CSV file can also hold."""
+    is_folder_name = text == Path(text).name and text != ".."
+    if not is_folder_name or text != text.strip() or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"expected the name of a folder, found {text!r}")
+    return text
+
+
 # fmt: off
 FLAGS = {
     "--data-dir": dict(type=Path, default="data/chestxrays", metavar="DIR",
         help="data folder, which contains train/, val/ and test/"),
+    "--classes": dict(nargs=2, type=class_name, default=CLASSES, metavar=("NEGATIVE", "POSITIVE"),
+        help="names of the two class folders; the second one is the disease, the positive class"),
     "--checkpoint": dict(type=Path, default="model.pth", metavar="FILE",
         help="file of the trained network; its .json has the same name"),
     "--results-dir": dict(type=Path, default=Path("results"), metavar="DIR",

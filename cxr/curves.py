@@ -7,7 +7,7 @@ import PIL.ImageDraw
 import PIL.ImageFont
 
 from cxr.files import atomic_write, save_figure
-from cxr.folders import CLASSES, COLOURS
+from cxr.folders import COLOURS
 
 VIEW_NAMES = {0: "view 0: the image", 1: "view 1: mirrored"}
 HISTORY = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr")
@@ -55,7 +55,7 @@ def choose_samples(xrays):
     return samples
 
 
-def draw_samples(path, xrays, views):
+def draw_samples(path, xrays, views, classes):
     """Draws images as the network sees them: one row for each image, one column for each view.
 
     views: for each image a list of PIL images, mode L, all of the same size.
@@ -69,7 +69,7 @@ def draw_samples(path, xrays, views):
     for row, xray in enumerate(xrays):
         for column, view in enumerate(views[row]):
             x, y = column * width + margin, row * height + margin
-            title = f"{CLASSES[xray.label]} {xray.path.name:.20}" if column == 0 else ""
+            title = f"{classes[xray.label]} {xray.path.name:.20}" if column == 0 else ""
             name = VIEW_NAMES.get(column, f"view {column}")
             draw.text((x, y), f"{title}\n{name}", "black", font)
             sheet.paste(view, (x, y + text_height))

@@ -2,18 +2,20 @@
 
     DIR/{train,val,test}/{NORMAL,PNEUMONIA}/*.jpeg
 
+The two classes may have other names (--classes). In this project, `classes` are always these two
+names: of the negative class (label 0) and of the positive class (label 1), which is the disease.
 Only files directly inside a class folder count. Other files and folders may cause an error or a
 warning, which names them.
 """
 
 import os
+import shlex
 from pathlib import Path
 
 from cxr.errors import Failure, warn
 from cxr.files import read_json
 
-CLASSES = ("NORMAL", "PNEUMONIA")  # labels 0 and 1; label 1 is the positive class
-BOTH_CLASSES = " and ".join(CLASSES)  # for messages
+CLASSES = ("NORMAL", "PNEUMONIA")  # the default of --classes
 COLOURS = ("#0072B2", "#D55E00")  # of labels 0 and 1; Okabe & Ito, for colour-blind readers
 SPLITS = ("train", "val", "test")
 SPLIT_FILE = "split_val.json"  # in the data folder: the files that split_val.py moves
@@ -55,7 +57,14 @@ def image_suffixes():
     return " ".join(sorted(SUFFIXES))
 
 
-def list_split(data_dir, split, warn_of_others=False):
+def classes_flag(classes):
+    """Returns the flag that names the classes, as a user types it, for messages."""
+    names = shlex.join(classes)
+    variable = shlex.quote(names).replace("$", "$$")  # make replaces $$ by $
+    return f"--classes {names} (make: CLASSES={variable})"
+
+
+def list_split(data_dir, split, classes, warn_of_others=False):
     """Lists the images of data_dir/split as (path, label) pairs.
 
     Raises Failure if a class folder is missing, empty or a link, or if a folder is not a class.
@@ -64,15 +73,16 @@ def list_split(data_dir, split, warn_of_others=False):
     root = data_dir / split
     if not root.is_dir():
         if split == "val" and (data_dir / "train").is_dir():
-            advice = "run split_val.py first"
+            advice = "first run split_val.py, or make split"
         else:
-            advice = suggest_data_dir(data_dir)
-        raise Failure(f"{root}: no such folder, expected {BOTH_CLASSES} in it ({advice})")
-    check_only_classes(root)
+            advice = suggest_data_dir(data_dir, classes)
+        expected = " and ".join(classes)
+        raise Failure(f"{root}: no such folder, expected {expected} in it ({advice})")
+    check_only_classes(root, classes)
     if warn_of_others and list_images(root):
         warn(f"{root}: images directly in it are not read; only those in the class folders are")
     images = []
-    for label, name in enumerate(CLASSES):
+    for label, name in enumerate(classes):
         folder = root / name
         if not folder.is_dir():
             raise Failure(f"{folder}: no such folder, expected the {name} images in it")
@@ -80,7 +90,8 @@ def list_split(data_dir, split, warn_of_others=False):
             # Moving files through a link would change the folder that it points to.
             raise Failure(
                 f"{folder}: found a link, expected a folder. Name the real data folder with "
-                "--data-dir, or link its images with split_val.py --link-from"
+                "--data-dir DIR (make: DATA=DIR), or link its images with split_val.py --link-from "
+                "DIR (make split LINK_FROM=DIR)"
             )
         paths = list_images(folder, warn_of_others)
         if not paths:
@@ -89,21 +100,37 @@ def list_split(data_dir, split, warn_of_others=False):
     return images
 
 
-def list_splits(data_dir, splits, warn_of_others=False):
+def list_splits(data_dir, splits, classes, warn_of_others=False):
     """Lists the images of several splits as (path, label, split) triples."""
     images = []
     for split in splits:
-        pairs = list_split(data_dir, split, warn_of_others)
+        pairs = list_split(data_dir, split, classes, warn_of_others)
         images += [(path, label, split) for path, label in pairs]
     return images
 
 
-def check_only_classes(root):
+def check_only_classes(root, classes):
     """Raises Failure if a folder in `root` is not a class."""
+    expected = " and ".join(classes)
+    other = find_other_classes(root, classes)
+    if other:
+        # With a wrong order, sensitivity and specificity would be swapped without a message.
+        first, second = other
+        raise Failure(
+            f"{root}: expected the folders {expected}, found {first} and {second}. Correct their "
+            "names, or name them with --classes. The second name must be the disease: "
+            f"{classes_flag([first, second])}, or {classes_flag([second, first])}"
+        )
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
-        if folder.name not in CLASSES:
-            expected = f"expected only the folders {BOTH_CLASSES}, with exactly this spelling"
-            raise Failure(f"{folder}: {expected}; rename it or move it away")
+        if folder.name not in classes:
+            only = f"expected only the folders {expected}, with exactly this spelling"
+            raise Failure(f"{folder}: {only}; rename it or move it away")
+
+
+def find_other_classes(root, classes):
+    """Returns the names of the folders in `root` if there are two and they are not the classes."""
+    names = sorted(path.name for path in root.iterdir() if path.is_dir())
+    return names if len(names) == 2 and set(names) != set(classes) else []
 
 
 def no_images_failure(folder):
@@ -118,19 +145,36 @@ def no_images_failure(folder):
     return Failure(message)
 
 
-def suggest_data_dir(data_dir):
+def suggest_data_dir(data_dir, classes):
     """Returns advice that names a data folder one level above, or up to two below data_dir."""
     candidates = [data_dir.parent, *sorted(data_dir.glob("*/")), *sorted(data_dir.glob("*/*/"))]
     for folder in candidates:
-        is_data_folder = all((folder / "train" / name).is_dir() for name in CLASSES)
+        is_data_folder = all((folder / "train" / name).is_dir() for name in classes)
         if is_data_folder and folder.name != "__MACOSX":  # which macOS adds to zip files
-            return f"use --data-dir {folder}"
-    return "see --data-dir"
+            path = shlex.quote(str(folder))
+            return f"use --data-dir {path}, make: DATA={path}"
+    return "see --data-dir, make: DATA=DIR"
+
+
+def read_split_record(data_dir):
+    """Returns the content of split_val.json, None if there is no such file."""
+    record = read_json(Path(data_dir, SPLIT_FILE))
+    if record is not None:
+        record.setdefault("classes", list(CLASSES))  # an earlier version did not write them
+    return record
+
+
+def check_split_classes(data_dir, classes):
+    """Raises Failure if the split was made with other classes, or with the other order."""
+    record = read_split_record(data_dir)
+    if record is not None and record["classes"] != list(classes):
+        asked, made = shlex.join(classes), classes_flag(record["classes"])
+        raise Failure(f"--classes {asked}: {data_dir} was split with {made}; use the same names")
 
 
 def check_split_is_complete(data_dir):
     """Raises Failure if split_val.py was interrupted before it had moved all images."""
-    record = read_json(Path(data_dir, SPLIT_FILE))
+    record = read_split_record(data_dir)
     if record is None:
         return
     for name, files in record["moved"].items():
@@ -138,23 +182,25 @@ def check_split_is_complete(data_dir):
         remaining = [file for file in files if os.path.lexists(train / file)]
         if remaining:
             what = f"expected it in val/, as {SPLIT_FILE} says ({len(remaining)} such images)"
-            raise Failure(f"{train / remaining[0]}: {what}; run split_val.py again to complete it")
+            raise Failure(
+                f"{train / remaining[0]}: {what}; to complete it, run split_val.py (make split)"
+            )
 
 
-def list_val(data_dir):
+def list_val(data_dir, classes):
     """Returns {class: names of its images in val/}. A missing folder counts as empty."""
     val = data_dir / "val"
     if val.is_dir():
-        check_only_classes(val)
+        check_only_classes(val, classes)
     paths = []
-    for folder in (val, *(val / name for name in CLASSES)):
+    for folder in (val, *(val / name for name in classes)):
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
             raise Failure(f"{folder}: expected a folder, found a link or a file; move it away")
         if folder.exists():
             paths += list_images(folder)
-    return names_by_class(paths)
+    return names_by_class(paths, classes)
 
 
-def names_by_class(paths):
+def names_by_class(paths, classes):
     """Returns {class: sorted file names} of paths whose folders are named like the classes."""
-    return {name: sorted(p.name for p in paths if p.parent.name == name) for name in CLASSES}
+    return {name: sorted(p.name for p in paths if p.parent.name == name) for name in classes}

@@ -10,7 +10,6 @@ from torch import nn
 
 from cxr.errors import Failure
 from cxr.files import atomic_write, save_figure
-from cxr.folders import CLASSES
 
 N_DRAWN = 12  # images in doubtful_labels.png
 
@@ -44,7 +43,7 @@ def patient_folds(xrays, labels, n_folds, seed):
     raise Failure(f"{problem}; use fewer folds, or another --seed")
 
 
-def rank_doubtful(probs, labels, xrays, threshold, data_dir):
+def rank_doubtful(probs, labels, xrays, threshold, data_dir, classes):
     """Ranks images by how wrong their held-out predictions are, the worst first.
 
     probs: float32 (n_repeats, N), of heads that were not trained on the image; labels: float32
@@ -58,7 +57,7 @@ def rank_doubtful(probs, labels, xrays, threshold, data_dir):
     table = []
     for row in order:
         file = xrays[row].path.relative_to(data_dir).as_posix()
-        line = {"file": file, "label": CLASSES[xrays[row].label]}
+        line = {"file": file, "label": classes[xrays[row].label]}
         line |= {"mean_probability": mean_prob[row].item(), "mean_loss": mean_loss[row].item()}
         line |= {"missed": n_missed[row].item(), "repeats": len(probs)}
         table.append(line)
@@ -75,14 +74,18 @@ def write_doubtful(path, table):
             writer.writerow(row | rounded)
 
 
-def draw_doubtful(path, table, pictures):
-    """Draws the images at the top of doubtful_labels.csv. pictures: PIL, mode L, at most 12."""
+def draw_doubtful(path, table, pictures, positive):
+    """Draws the images at the top of doubtful_labels.csv.
+
+    pictures: PIL, mode L, at most 12; positive: the name of the positive class.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure((10, 8.4), layout="constrained")
     figure.suptitle(
         f"The labels that the held-out predictions contradict most: check them\n"
-        f"(a doubtful label need not be wrong; P is the probability of {CLASSES[1]})"
+        f"(a doubtful label need not be wrong; P is the probability of {positive})",
+        parse_math=False,  # a name may contain $, which begins a formula in Matplotlib
     )
     for ax in figure.subplots(3, 4).flat:  # N_DRAWN places
         ax.axis("off")
@@ -90,7 +93,6 @@ def draw_doubtful(path, table, pictures):
         ax.imshow(picture, cmap="gray", vmin=0, vmax=255)
         name = row["file"].rpartition("/")[2]
         text = f"label {row['label']}, held-out P {row['mean_probability']:.2f}"
-        # A name may contain $, which begins a formula in Matplotlib.
         ax.set_title(f"{name:.34}\n{text}", fontsize=7, parse_math=False)
     save_figure(path, figure, 110)
 

@@ -15,17 +15,17 @@ def is_leak(splits):
     return "test" in splits and len(splits) > 1
 
 
-def list_training_xrays(data_dir, rows):
+def list_training_xrays(data_dir, rows, classes):
     """Returns (Xrays of train/ and val/, the reason if there are none).
 
     rows: the result of read_metadata.
     """
     try:
-        listed = list_splits(data_dir, ["train"])
+        listed = list_splits(data_dir, ["train"], classes)
     except Failure as reason:
         return [], str(reason)
     with contextlib.suppress(Failure):  # there is no val/, or it cannot be used
-        listed += list_splits(data_dir, ["val"])
+        listed += list_splits(data_dir, ["val"], classes)
     return identify_all(listed, rows), ""
 
 

@@ -10,10 +10,15 @@ from torch import nn
 
 from cxr.errors import Failure
 from cxr.files import atomic_write
-from cxr.folders import CLASSES, COLOURS
+from cxr.folders import COLOURS
 
 BATCH = 16  # images
-LEGEND = f"orange: evidence for {CLASSES[1]}; blue: evidence for {CLASSES[0]}"
+
+
+def legend(classes):
+    """Returns a line that explains the colours of the maps."""
+    negative, positive = classes
+    return f"orange: evidence for {positive}; blue: evidence for {negative}"
 
 
 def class_maps(model, pixels):
@@ -95,13 +100,14 @@ def write_overlays(folder, model, views, probs):
     """
     font = PIL.ImageFont.load_default(14)
     written = set()
+    classes = model.info["classes"]
     overlays = read_overlays(model, views, list(range(len(views))))
     for xray, prob, (_, picture) in zip(views.xrays, probs, overlays, strict=True):
-        title = f"P({CLASSES[1]}) {prob:.3f}"
+        title = f"P({classes[1]}) {prob:.3f}"
         subfolder = folder
         if xray.label is not None:
-            title += f", label {CLASSES[xray.label]}"
-            subfolder = folder / CLASSES[xray.label]
+            title += f", label {classes[xray.label]}"
+            subfolder = folder / classes[xray.label]
         path = subfolder / f"{xray.path.name}.png"
         number = 2
         while path in written:  # new images of two folders may have one name
@@ -110,7 +116,7 @@ def write_overlays(folder, model, views, probs):
         written.add(path)
         sheet = PIL.Image.new("RGB", (448, 488), "white")
         sheet.paste(PIL.Image.fromarray(picture).resize((448, 448)), (0, 40))
-        PIL.ImageDraw.Draw(sheet).text((4, 2), f"{title}\n{LEGEND}", "black", font)
+        PIL.ImageDraw.Draw(sheet).text((4, 2), f"{title}\n{legend(classes)}", "black", font)
         with atomic_write(path) as file:
             sheet.save(file, format="png")
     print(f"Wrote class activation maps of {len(views)} images to {folder}")

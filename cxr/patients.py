@@ -9,7 +9,7 @@ from typing import NamedTuple
 from cxr.decode import is_dicom
 from cxr.errors import Failure, is_system_error, warn
 from cxr.files import hash_file, read_csv
-from cxr.folders import CLASSES, SPLITS, check_split_is_complete, list_images, list_splits
+from cxr.folders import SPLITS, check_split_is_complete, list_images, list_splits
 
 METADATA = "metadata.csv"  # in the data folder: file_name, patient_id and any other columns
 
@@ -30,7 +30,7 @@ class Xray(NamedTuple):
     """An image file with its label and its patient."""
 
     path: Path
-    label: int | None  # index into CLASSES, None for a new image
+    label: int | None  # 0 negative class, 1 positive class, None for a new image
     sha256: str  # of the file, in hex; "" if it cannot be read
     split: str = ""  # train, val or test; "" for a new image
     patient: str | None = None  # None if unknown
@@ -38,16 +38,16 @@ class Xray(NamedTuple):
     metadata: dict | None = None  # the other columns of its row in metadata.csv
 
 
-def read_split(data_dir, *splits, rows=None):
+def read_split(data_dir, *splits, classes, rows=None):
     """Returns the Xrays of these splits in one list. Warns if splits share a patient.
 
     rows: the result of read_metadata, if it was called before. Raises Failure if the split was
     interrupted, or if one file is in two folders.
     """
     check_split_is_complete(data_dir)
-    listed = list_splits(data_dir, splits, warn_of_others=True)
+    listed = list_splits(data_dir, splits, classes, warn_of_others=True)
     if rows is None:
-        rows = read_metadata(data_dir)
+        rows = read_metadata(data_dir, classes)
     xrays = identify_all(listed, rows)
     first = {}
     for xray in xrays:
@@ -131,7 +131,7 @@ def patient_from_dicom(path):
     return f"ID-{hashlib.sha256(patient.encode()).hexdigest()[:12]}" if patient else None
 
 
-def read_metadata(data_dir):
+def read_metadata(data_dir, classes):
     """Reads DIR/metadata.csv. Returns {path: {column: text}} of the images in all splits.
 
     file_name is the name of the image, or its path below DIR (as in Hugging Face's ImageFolder).
@@ -147,7 +147,7 @@ def read_metadata(data_dir):
     columns, rows = read_csv(path, "file_name")
     images = []
     for split in SPLITS:
-        for name in CLASSES:
+        for name in classes:
             folder = Path(data_dir, split, name)
             if folder.is_dir():
                 images += list_images(folder)

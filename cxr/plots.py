@@ -8,12 +8,13 @@ import torch
 import torchmetrics.functional.classification as tm
 
 from cxr.files import save_figure
-from cxr.folders import CLASSES, COLOURS
-from cxr.maps import LEGEND, read_overlays
+from cxr.folders import COLOURS
+from cxr.maps import legend, read_overlays
 from cxr.predictions import as_arrays
 from cxr.proportions import complement, format_interval, wilson_interval
 
 STYLE = {"font.size": 9, "axes.titlesize": 9, "legend.frameon": False}
+STYLE |= {"text.parse_math": False}  # a name may contain $, which begins a formula
 STYLE |= {"axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3}
 CHANCE = {"color": "grey", "ls": ":"}
 N_WORST = 8  # images in worst.png
@@ -69,9 +70,9 @@ def draw_confusion(ax, predictions, report):
     from sklearn.metrics import ConfusionMatrixDisplay
 
     probs, labels, _ = as_arrays(predictions)
-    threshold = report["threshold"]
+    threshold, names = report["threshold"], report["classes"]
     ConfusionMatrixDisplay.from_predictions(
-        labels, probs > threshold, ax=ax, display_labels=CLASSES, cmap="Blues", colorbar=False
+        labels, probs > threshold, ax=ax, display_labels=names, cmap="Blues", colorbar=False
     )
     ax.grid(False)  # its lines would cross the cells
     accuracy = format_interval(report["metrics"]["accuracy"])
@@ -89,8 +90,9 @@ def draw_reliability(ax, predictions, report):
         share = wilson_interval(labels[in_bin], patients[in_bin])
         draw_point(ax, {"value": mean, "low": mean, "high": mean}, share)
         ax.annotate(in_bin.sum(), (mean, share["value"]), (4, 3), textcoords="offset points")
-    ax.set_xlabel(f"mean P({CLASSES[1]}) in the bin")
-    ax.set_ylabel(f"share of {CLASSES[1]}, 95 % interval, n")
+    positive = report["classes"][1]
+    ax.set_xlabel(f"mean P({positive}) in the bin")
+    ax.set_ylabel(f"share of {positive}, 95 % interval, n")
     calibration = report["calibration"]
     intercept, slope = (format_interval(calibration[key]) for key in ("intercept", "slope"))
     ax.set_title(f"Calibration: intercept {intercept}\nslope {slope}")
@@ -100,10 +102,10 @@ def draw_scores(ax, predictions, report):
     """Draws a histogram of the probabilities of each class."""
     probs, labels, _ = as_arrays(predictions)
     by_class = [probs[labels == 0], probs[labels == 1]]
-    ax.hist(by_class, color=COLOURS, label=CLASSES, bins=25, range=(0, 1))
+    ax.hist(by_class, color=COLOURS, label=report["classes"], bins=25, range=(0, 1))
     label = f"threshold {report['threshold']:.3g}"
     ax.axvline(report["threshold"], color="black", ls="--", label=label)
-    ax.set(xlabel=f"P({CLASSES[1]})", ylabel="images", title="Probabilities by class")
+    ax.set(xlabel=f"P({report['classes'][1]})", ylabel="images", title="Probabilities by class")
     ax.legend()
 
 
@@ -153,22 +155,23 @@ def draw_worst(path, model, views, predictions, report):
         rows = order[:N_WORST].tolist()
         heading = "No image is misclassified. The images nearest to the threshold"
     overlays = list(read_overlays(model, views, rows))
-    legend = LEGEND
+    explanation = legend(report["classes"])
     if overlays[0][1] is None:
-        legend = "no class activation maps: the network does not end in pooling and one Linear"
+        explanation = "no class activation maps: the network does not end in pooling and one Linear"
     n_lines = math.ceil(len(rows) / 2)
     figure = Figure((9.6, 0.6 + 2.8 * n_lines), layout="constrained")
-    figure.suptitle(f"{heading}\n{legend}", fontsize=10)
+    figure.suptitle(f"{heading}\n{explanation}", fontsize=10, parse_math=False)
     axes = figure.subplots(n_lines, 4, squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
     # The last pair of axes may stay empty.
     pairs = axes.reshape(-1, 2)
+    classes = report["classes"]
     for (left, right), row, (view, picture) in zip(pairs, rows, overlays, strict=False):
         left.imshow(view, cmap="gray", vmin=0, vmax=255)
         if picture is not None:
             right.imshow(picture)
-        text = f"{CLASSES[labels[row]]}, P({CLASSES[1]}) {probs[row]:.3f}"
+        text = f"{classes[labels[row]]}, P({classes[1]}) {probs[row]:.3f}"
         title = f"{views.xrays[row].path.name:.34}\n{text}"
         left.set_title(title, fontsize=7, loc="left", parse_math=False)
     save_with_caption(path, figure, report, dpi=90)  # small, because the page contains it

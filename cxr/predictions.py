@@ -21,7 +21,6 @@ import pandas as pd
 
 from cxr.errors import Failure
 from cxr.files import atomic_write, read_csv
-from cxr.folders import CLASSES
 from cxr.patients import patient_from_name
 
 COLUMNS = ("file", "label", "probability", "prediction", "error", "unlike", "patient")
@@ -46,21 +45,22 @@ def as_arrays(predictions):
     return probs, labels, patients.to_numpy(str)
 
 
-def predicted_classes(predictions, threshold):
+def predicted_classes(predictions, threshold, classes):
     """Returns the predicted class of each image as text, "" if the image is unreadable."""
     is_positive = predictions["probability"].to_numpy() > threshold  # in float32, as cxr/scores.py
-    names = pd.Series(np.where(is_positive, CLASSES[1], CLASSES[0]), predictions.index)
+    negative, positive = classes
+    names = pd.Series(np.where(is_positive, positive, negative), predictions.index)
     return names.where(predictions["error"] == "", "")
 
 
-def write_predictions(path, predictions, threshold):
+def write_predictions(path, predictions, threshold, classes):
     """Writes predictions.csv."""
     probability, novelty = predictions["probability"], predictions["unlike"]
     table = predictions.assign(
-        label=["" if label is None else CLASSES[label] for label in predictions["label"]],
+        label=["" if label is None else classes[label] for label in predictions["label"]],
         # 9 digits give the same float32 again.
         probability=probability.map("{:.9g}".format).where(predictions["error"] == "", ""),
-        prediction=predicted_classes(predictions, threshold),
+        prediction=predicted_classes(predictions, threshold, classes),
         unlike=novelty.map("{:.3f}".format).where(novelty.notna(), ""),
     )
     columns = [*COLUMNS, *metadata_columns(predictions)]
@@ -68,14 +68,14 @@ def write_predictions(path, predictions, threshold):
         table.to_csv(file, columns=columns, index=False, lineterminator="\r\n")
 
 
-def read_predictions(path):
+def read_predictions(path, classes):
     """Reads a predictions.csv. Raises Failure, with row and column, if a cell is wrong."""
     # A table of another program may have these three columns only.
     columns, rows = read_csv(path, "file", "label", "probability")
     records = {}
     for line, row in rows:
         name = row["file"]
-        record = read_row(path, line, row)
+        record = read_row(path, line, row, classes)
         if name in records:
             raise wrong_cell(path, line, "file", "a name that no other row has", name)
         if "patient" not in columns:
@@ -88,12 +88,13 @@ def read_predictions(path):
     return predictions.astype({"probability": np.float32, "unlike": np.float32})
 
 
-def read_row(path, line, row):
+def read_row(path, line, row, classes):
     """Checks one row, {column: text}, and returns it with numbers in place of text."""
     if not row["file"]:
         raise wrong_cell(path, line, "file", "a name that no other row has", "")
-    if row["label"] not in CLASSES:
-        raise wrong_cell(path, line, "label", " or ".join(CLASSES), row["label"])
+    if row["label"] not in classes:
+        expected = f"{' or '.join(classes)} (the names of --classes)"
+        raise wrong_cell(path, line, "label", expected, row["label"])
     error = row.get("error", "")
     probability = math.nan  # of an unreadable image
     if not error:
@@ -103,7 +104,7 @@ def read_row(path, line, row):
     novelty = as_number(row.get("unlike") or "nan")
     if novelty is None:
         raise wrong_cell(path, line, "unlike", "a number", row["unlike"])
-    label = CLASSES.index(row["label"])
+    label = classes.index(row["label"])
     return row | dict(label=label, error=error, probability=probability, unlike=novelty)
 
 

@@ -15,7 +15,6 @@ from scipy.stats import rankdata
 from cxr.bootstrap import bootstrap_patients, logit_t_intervals
 from cxr.calibration import fit_logistic
 from cxr.errors import Failure
-from cxr.folders import CLASSES
 from cxr.predictions import as_arrays, metadata_columns
 from cxr.proportions import format_interval, wald_interval, wilson_interval
 
@@ -62,15 +61,19 @@ def score(probs, labels, threshold, names=SCORES):
     return result
 
 
+def check_both_classes(predictions, classes):
+    """Raises Failure if a class has no readable image. classes: their names."""
+    for label, name in enumerate(classes):
+        if label not in set(predictions["label"]):
+            raise Failure(f"there is no readable {name} image; both classes are needed for scores")
+
+
 def measure_scores(predictions, threshold, seed):
     """Computes all scores with their 95 % intervals. Returns {name: {value, low, high}}.
 
-    Raises Failure if a class has no image, or if a score is not finite.
+    Both classes must have images. Raises Failure if a score is not finite.
     """
     probs, labels, patients = as_arrays(predictions)
-    for label, name in enumerate(CLASSES):
-        if label not in labels:
-            raise Failure(f"there is no readable {name} image; both classes are needed for scores")
     tensors = torch.from_numpy(probs), torch.from_numpy(labels)
     values = score(*tensors, threshold)
     if not all(value is None or math.isfinite(value) for value in values.values()):

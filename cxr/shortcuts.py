@@ -19,7 +19,6 @@ from sklearn.preprocessing import StandardScaler
 from cxr.bootstrap import paired_differences
 from cxr.decode import apply_window, decode
 from cxr.errors import either
-from cxr.folders import CLASSES
 from cxr.predictions import as_arrays
 from cxr.scores import aurocs
 
@@ -203,7 +202,7 @@ def score_shortcuts(numbers, pixels, labels, patients, is_scored):
         is_constant = [np.ptp(values[train]) == 0 for train, _ in folds]
         if folds and not any(is_constant):
             sign, cut = fit_cut(values[fitted_on], labels[fitted_on])
-            rule = f"{'>' if sign > 0 else '<='} {cut:.4g}"
+            rule = f"{'>' if sign > 0 else '<'} {cut:.4g}"
             scored.append((name, rule, score_number(values, labels, folds)))
     border_scores = score_pixels(pixels[:, BORDER], labels, folds)
     scored.append(("3-pixel border", "linear fit", border_scores))
@@ -256,7 +255,7 @@ def find_properties(examined):
     return entries, [], warnings
 
 
-def find_shortcuts(examined, scored_on):
+def find_shortcuts(examined, scored_on, classes):
     """Scores how well the numbers predict the class, and which split an image is in.
 
     examined: list of cxr.check.ExaminedXray; scored_on: the split that is scored.
@@ -281,8 +280,8 @@ def find_shortcuts(examined, scored_on):
             "a high score in the same way, without seeing the disease. Compare its AUROC with these"
         )
     if not is_scored.all():
-        shift = find_shift(numbers, pixels, labels, patients, is_scored)
-    for name in CLASSES:
+        shift = find_shift(numbers, pixels, labels, patients, is_scored, classes)
+    for name in classes:
         alarms = [row["number"] for row in shift if row[name]["alarm"]]
         if alarms:
             warnings.append(
@@ -297,13 +296,13 @@ def describe_alarms(numbers):
     return either([f"the {name}" for name in numbers]) + " alone separates"
 
 
-def find_shift(numbers, pixels, labels, patients, is_scored):
+def find_shift(numbers, pixels, labels, patients, is_scored, classes):
     """Scores how well each number separates the scored images from the others of their class.
 
-    Returns [{number, NORMAL: {auroc, alarm}, PNEUMONIA: {auroc, alarm}}], the highest AUROC first.
+    Returns [{number, name of a class: {auroc, alarm}, ...}], the highest AUROC first.
     """
     rows = {}
-    for label, name in enumerate(CLASSES):
+    for label, name in enumerate(classes):
         of_class = labels == label
         varying = {key: v[of_class] for key, v in numbers.items() if np.ptp(v) > 0}
         in_split, patients_of_class = is_scored[of_class], patients[of_class]
@@ -311,4 +310,4 @@ def find_shift(numbers, pixels, labels, patients, is_scored):
         for number, auroc in scored.items():
             row = rows.setdefault(number, {"number": number})
             row[name] = {"auroc": auroc, "alarm": is_alarming(auroc, in_split, patients_of_class)}
-    return sorted(rows.values(), key=lambda row: -max(row[name]["auroc"] for name in CLASSES))
+    return sorted(rows.values(), key=lambda row: -max(row[name]["auroc"] for name in classes))

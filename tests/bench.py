@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import cxr.decode  # noqa: E402
 import cxr.patients  # noqa: E402
+from cxr.folders import CLASSES  # noqa: E402
 
 WINDOW = 2.0
 
@@ -69,7 +70,10 @@ def plain_epoch(data, batch_size=32):
     network.fc = nn.Linear(2048, 1)
     network.to(device)
     optimizer = torch.optim.Adam(network.fc.parameters(), lr=1e-3)
-    criterion, xrays = nn.BCEWithLogitsLoss(), cxr.patients.read_split(data, "train", "val")
+    criterion, xrays = (
+        nn.BCEWithLogitsLoss(),
+        cxr.patients.read_split(data, "train", "val", classes=CLASSES),
+    )
     autocast = torch.autocast(device.type, dtype, dtype != torch.float32)
     start = time.perf_counter()
     for split in ("train", "val"):
@@ -154,7 +158,7 @@ def forward(network, batch, n_batches):
 
 def bench_pass(folder):
     """(d): the whole pass against forward-only."""
-    images = cxr.patients.read_split(draw_data(folder, train=250, val=1), "train")
+    images = cxr.patients.read_split(draw_data(folder, train=250, val=1), "train", classes=CLASSES)
     device, dtype = common.pick_device("auto")
     backbone = common.build_backbone("resnet50")
     args = argparse.Namespace(
@@ -235,7 +239,9 @@ def bench_growth(folder):
         "from pathlib import Path\n"
         "device, dtype = common.pick_device('auto')\n"
         "backbone = common.build_backbone('resnet18')\n"
-        "xrays = cxr.patients.read_split(sys.argv[1], 'train')[: int(sys.argv[3])]\n"
+        "from cxr.folders import CLASSES\n"
+        "xrays = cxr.patients.read_split(sys.argv[1], 'train', classes=CLASSES)\n"
+        "xrays = xrays[: int(sys.argv[3])]\n"
         "args = Namespace(no_cache=False, cache_dir=Path(sys.argv[2]), batch_size=32, workers=2)\n"
         "args.skip_bad = False\n"
         "options = dict(n_views=1, window=2.0, device=device, dtype=dtype)\n"

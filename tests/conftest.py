@@ -26,6 +26,7 @@ import cxr.bootstrap
 import evaluate
 import train
 from cxr.files import hash_file, read_json, write_json
+from cxr.folders import CLASSES
 from cxr.patients import read_split
 
 
@@ -121,7 +122,7 @@ def backbone():
 @pytest.fixture(scope="session")
 def images(split_phantoms):
     """The Xrays of 12 phantoms of val/."""
-    return read_split(split_phantoms, "val")[::2]
+    return read_split(split_phantoms, "val", classes=CLASSES)[::2]
 
 
 @pytest.fixture

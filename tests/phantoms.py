@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+CLASSES = ("NORMAL", "PNEUMONIA")
+
 
 def draw_phantom(rng, pneumonia, size=224):
     """An 8-bit greyscale phantom, size x size pixels."""
@@ -65,11 +67,11 @@ def draw_phantom(rng, pneumonia, size=224):
     )
 
 
-def draw_folder(folder, train=50, test=25, size=224, seed=0):
+def draw_folder(folder, train=50, test=25, size=224, seed=0, classes=CLASSES):
     """Makes folder/{train,test}/{NORMAL,PNEUMONIA}, so many phantoms a class, whole or not."""
     whole, folder = Path(folder), Path(f"{folder}.{os.getpid()}.tmp")
     for split, count in (("train", train), ("test", test)):
-        for label, name in enumerate(("NORMAL", "PNEUMONIA")):
+        for label, name in enumerate(classes):
             target = folder / split / name
             target.mkdir(parents=True, exist_ok=True)
             rng = np.random.default_rng([seed, split == "test", label])
@@ -89,9 +91,10 @@ if __name__ == "__main__":
     parser.add_argument(
         "folder", type=Path, help="the data folder to make; one that exists is left alone"
     )
-    folder = parser.parse_args().folder
-    if folder.exists():
-        print(f"{folder} exists, nothing drawn")
+    parser.add_argument("--classes", nargs=2, default=CLASSES, help="names of the class folders")
+    args = parser.parse_args()
+    if args.folder.exists():
+        print(f"{args.folder} exists, nothing drawn")
     else:
-        draw_folder(folder)
-        print(f"Drew 100 training and 50 test phantoms in {folder}")
+        draw_folder(args.folder, classes=args.classes)
+        print(f"Drew 100 training and 50 test phantoms in {args.folder}")

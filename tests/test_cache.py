@@ -107,8 +107,8 @@ def test_an_image_that_changes_during_the_run_is_not_cached(refused, home, monke
     path, read_split = faults.first(home / "data" / "train"), train.read_split
     sha256 = hash_file(path)
 
-    def change_after_hashing(*args):
-        xrays = read_split(*args)
+    def change_after_hashing(*args, **options):
+        xrays = read_split(*args, **options)
         path.write_bytes(picture(form="jpeg"))
         return xrays
 

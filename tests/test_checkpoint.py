@@ -25,7 +25,7 @@ from torchvision.models import get_model
 import common
 import cxr.checkpoint
 from cxr.files import write_json
-from cxr.folders import list_images
+from cxr.folders import CLASSES, list_images
 from cxr.patients import read_split
 
 
@@ -34,7 +34,7 @@ def test_a_checkpoint_in_torchvision_has_the_validation_loss(run_train, split_ph
     network = get_model("resnet18")
     network.fc = nn.Linear(512, 1)
     network.load_state_dict(torch.load(tmp_path / "model.pth"), strict=True)
-    xrays = read_split(split_phantoms, "val")
+    xrays = read_split(split_phantoms, "val", classes=CLASSES)
     with torch.no_grad():
         pixels = torch.cat([plain_pixels(xray.path) for xray in xrays])
         logits = network.eval()(pixels).flatten()

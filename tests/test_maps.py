@@ -14,7 +14,7 @@ from torchvision.models import get_model
 import common
 import evaluate
 from cxr.files import hash_file, write_json
-from cxr.folders import list_images, list_split
+from cxr.folders import CLASSES, list_images, list_split
 from cxr.maps import class_maps
 
 
@@ -38,7 +38,7 @@ def test_the_mean_of_a_map_over_its_positions_is_the_logit(arch):
 def test_cam_draws_orange_for_pneumonia_and_blue_for_normal(run_evaluate, trained, data, tmp_path):
     keep(data, 3)
     assert run_evaluate("--data-dir", data, "--cam", tmp_path / "maps") == 0
-    paths = [path for path, _ in list_split(data, "test")]
+    paths = [path for path, _ in list_split(data, "test", CLASSES)]
     written = {path.relative_to(tmp_path / "maps") for path in (tmp_path / "maps").rglob("*.*")}
     assert written == {Path(path.parent.name, f"{path.name}.png") for path in paths}
     network, n_pixels = plain_network(trained / "model.pth"), {1: 0, -1: 0}

@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 
 import common
 from cxr.files import read_json
-from cxr.folders import list_split
+from cxr.folders import CLASSES, list_split
 from cxr.predictions import read_predictions
 
 
@@ -16,11 +16,13 @@ def test_novelty_is_the_distance_over_its_limit(scored, trained, split_phantoms)
     training = read_json(trained / "model.json")["features"]
     mean, std = (np.array(training[name].split(), float) for name in ("mean", "std"))
     network = common.build_backbone("tinynet").network
-    pixels = torch.cat([plain_pixels(path) for path, _ in list_split(split_phantoms, "test")])
+    pixels = torch.cat(
+        [plain_pixels(path) for path, _ in list_split(split_phantoms, "test", CLASSES)]
+    )
     with torch.no_grad():
         z = (network(pixels).numpy() - mean) / std
     distances = np.sqrt((z**2).mean(1)) / training["limit"]
-    novelty = read_predictions(scored[0] / "predictions.csv")["unlike"]
+    novelty = read_predictions(scored[0] / "predictions.csv", CLASSES)["unlike"]
     group = read_report(scored[0])["unlike"]
     assert novelty.to_numpy() == pytest.approx(distances, abs=2e-3)
     assert group["over"] == (novelty > 1).sum() and group["n"] == 24

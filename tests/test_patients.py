@@ -108,14 +108,14 @@ def test_a_path_in_the_table_is_still_valid_after_the_split(two_scans):
     rows = [f"train/{name}/scan.jpeg,{name}7" for name in CLASSES]
     with_table(two_scans, "\n".join(["file_name,patient_id", *rows]))
     (two_scans / "train/NORMAL/scan.jpeg").rename(two_scans / "val/NORMAL/scan.jpeg")
-    xrays = read_split(two_scans, "train", "val")
+    xrays = read_split(two_scans, "train", "val", classes=CLASSES)
     assert {xray.patient for xray in xrays} >= {"NORMAL7", "PNEUMONIA7"}
 
 
 def test_spaces_in_a_table_do_not_separate_a_patient(data):
     first, second = sorted(path.name for path in data.glob("train/NORMAL/*"))[:2]
     with_table(data, f"file_name, patient_id\n{first},P3\n{second},P3 \n")
-    patients = {xray.path.name: xray.patient for xray in read_split(data, "train")}
+    patients = {xray.path.name: xray.patient for xray in read_split(data, "train", classes=CLASSES)}
     assert patients[first] == patients[second] == "P3"
 
 
@@ -163,8 +163,8 @@ def test_the_table_comes_before_dicom_and_dicom_before_the_file_name(tmp_path):
         path = tmp_path / "train" / name / f"IM-000{number}-0001.dcm"
         path.parent.mkdir(parents=True)
         write_dicom(path, LEVELS[: 200 + number], PatientID=f"PACS-{number}")
-    for xray in read_split(tmp_path, "train"):
+    for xray in read_split(tmp_path, "train", classes=CLASSES):
         assert xray.patient == xray.group and xray.patient.startswith("ID-")
     with_table(tmp_path, "file_name,patient_id\nIM-0000-0001.dcm,P7\n")
-    first, second = read_split(tmp_path, "train")
+    first, second = read_split(tmp_path, "train", classes=CLASSES)
     assert first.patient == first.group == "P7" and second.patient.startswith("ID-")

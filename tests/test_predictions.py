@@ -15,7 +15,7 @@ from cxr.folders import CLASSES, list_split
 
 def test_predictions_csv_has_a_row_for_every_image(scored, split_phantoms):
     rows, report = read_rows(scored[0] / "predictions.csv"), read_report(scored[0])
-    paths = [path for path, _ in list_split(split_phantoms, "test")]
+    paths = [path for path, _ in list_split(split_phantoms, "test", CLASSES)]
     expected = [path.relative_to(split_phantoms).as_posix() for path in paths]
     assert [row["file"] for row in rows] == expected
     for row in rows:

@@ -122,7 +122,7 @@ def test_a_group_of_negatives_and_not_of_test_images_is_from_another_source(resu
 def test_the_file_names_contain_the_patients_of_the_reference_data(reference):
     counts = {}
     for split in ("train", "test"):
-        for path, label in list_split(reference, split):
+        for path, label in list_split(reference, split, CLASSES):
             counts.setdefault((split, label), set()).add(patient_from_name(path.name))
     sizes = {key: len(patients) for key, patients in counts.items()}
     assert sizes == {("train", 0): 148, ("train", 1): 148, ("test", 0): 50, ("test", 1): 43}
@@ -153,9 +153,9 @@ def test_plain_torch_gives_the_probabilities_of_predictions_csv(results):
 
 
 def test_every_seed_gives_exactly_what_is_asked_of_whole_patients(reference):
-    xrays = read_split(reference, "train")
+    xrays = read_split(reference, "train", classes=CLASSES)
     for seed in range(200):
-        moved = split_val.choose_patients(xrays, 50, seed)
+        moved = split_val.choose_patients(xrays, 50, seed, CLASSES)
         assert [len(moved[name]) for name in CLASSES] == [50, 50]
         names = {*moved["NORMAL"], *moved["PNEUMONIA"]}
         patients = {xray.group for xray in xrays if xray.path.name in names}

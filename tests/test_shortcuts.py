@@ -116,7 +116,10 @@ def draw_set(folder, counts, brightness=(128, 128), width=(16, 16), seed=0):
 @pytest.mark.usefixtures("quick")
 def test_a_good_network_is_rarely_called_no_better_than_random_numbers(tmp_path):
     folder = draw_set(tmp_path / "noise", {"train": (32, 8), "test": (48, 12)})
-    xrays, training = read_split(folder, "test"), list_training_xrays(folder, {})
+    xrays, training = (
+        read_split(folder, "test", classes=CLASSES),
+        list_training_xrays(folder, {}, CLASSES),
+    )
     rng, verdicts = np.random.default_rng(0), []
     for seed in range(6):
         (table,) = simulate(rng, 48, 12, apart=1.81)  # AUROC 0.90

@@ -29,10 +29,10 @@ def add_files(folder, names):
 
 
 def test_no_patient_is_ever_on_both_sides_and_the_classes_get_what_was_asked(tree):
-    xrays = read_split(tree, "train")
+    xrays = read_split(tree, "train", classes=CLASSES)
     choices = set()
     for seed in range(50):
-        moved = split_val.choose_patients(xrays, 5, seed)
+        moved = split_val.choose_patients(xrays, 5, seed, CLASSES)
         assert [len(moved[name]) for name in CLASSES] == [5, 5]
         names = {*moved["NORMAL"], *moved["PNEUMONIA"]}
         patients = {xray.group for xray in xrays if xray.path.name in names}
@@ -49,7 +49,7 @@ def test_the_choice_does_not_depend_on_the_order_of_the_folder(tree, monkeypatch
     }
     rng, true = random.Random(seed), os.listdir
     monkeypatch.setattr(os, "listdir", lambda path: sorted(true(path), key=lambda _: rng.random()))
-    assert split_val.plan_split(tree, 3, 0)["moved"] == expected
+    assert split_val.plan_split(tree, 3, 0, CLASSES)["moved"] == expected
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -57,7 +57,7 @@ def test_a_patient_in_both_classes_moves_with_all_images(tmp_path, seed):
     root = make_tree(tmp_path / "data", 6)
     for name in CLASSES:
         add_files(root / "train" / name, ["person77_virus_0.jpeg", "person77_virus_1.jpeg"])
-    moved = split_val.plan_split(root, 5, seed)["moved"]
+    moved = split_val.plan_split(root, 5, seed, CLASSES)["moved"]
     counts = [sum(file.startswith("person77_") for file in moved[name]) for name in CLASSES]
     assert counts in ([0, 0], [2, 2])
 
@@ -100,7 +100,9 @@ def test_a_second_run_moves_nothing_and_undo_restores_all(tree, capsys, monkeypa
     record = read_json(tree / SPLIT_FILE)
     moved = names_in(tree, "val")
     assert record == {"seed": 0, "per_class": 5, "moved": moved, "patients": record["patients"]}
-    splits = Counter(xray.split for xray in read_split(tree, "train", "val", "test"))
+    splits = Counter(
+        xray.split for xray in read_split(tree, "train", "val", "test", classes=CLASSES)
+    )
     assert splits == {"train": 14, "val": 10, "test": 8}
     after = snapshot(tree)
     assert run_split(tree, "--per-class", 5) == 0
@@ -162,7 +164,7 @@ def test_the_same_file_in_two_folders_is_refused_before_anything_moves(tree, cap
 
 
 def test_a_name_that_is_taken_is_refused_before_anything_moves(tree, capsys):
-    file = split_val.plan_split(tree, 5, 0)["moved"]["PNEUMONIA"][-1]
+    file = split_val.plan_split(tree, 5, 0, CLASSES)["moved"]["PNEUMONIA"][-1]
     taken = tree / "val" / "PNEUMONIA" / file
     taken.mkdir(parents=True)  # no image, so val/ is empty
     assert "exists already" in split_refused(tree, capsys, "--per-class", 5)
@@ -222,7 +224,7 @@ def test_a_half_finished_split_is_no_training_data(tree, capsys):
     file = names_in(tree, "val")["NORMAL"][0]
     (tree / "val" / "NORMAL" / file).rename(tree / "train" / "NORMAL" / file)
     with pytest.raises(Failure, match=r"run split_val\.py again"):
-        read_split(tree, "train", "val")
+        read_split(tree, "train", "val", classes=CLASSES)
     assert "run split_val.py again" in split_refused(tree, capsys, "--check")
     assert run_split(tree) == 0
     assert sizes(tree) == [5, 5]

@@ -115,7 +115,10 @@ def test_a_log_has_the_progress_and_the_weight_of_a_class(data, flags, monkeypat
 
 
 def test_the_loop_on_features_is_the_usual_loop_through_the_whole_network(split_phantoms):
-    xrays = read_split(split_phantoms, "train")[12:28] + read_split(split_phantoms, "val")[6:18]
+    xrays = (
+        read_split(split_phantoms, "train", classes=CLASSES)[12:28]
+        + read_split(split_phantoms, "val", classes=CLASSES)[6:18]
+    )
     labels = torch.tensor([float(xray.label) for xray in xrays])
     backbone = common.build_backbone("tinynet")
     args = settings(no_cache=True, skip_bad=False, batch_size=6, workers=0, epochs=3, patience=0)
