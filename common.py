@@ -110,8 +110,8 @@ def pick_device(name):
     reason = try_device(name)
     if reason:
         if not is_auto:
-            message = f"--device {name}: cannot be used ({reason}); use --device auto or cpu"
-            raise Failure(message, 4)
+            asked = f"--device {name} (make: DEVICE={name})"
+            raise Failure(f"{asked}: cannot be used ({reason}); use auto or cpu", 4)
         warn(f"{name} cannot be used ({reason}), so the CPU is used")
         name = "cpu"
     device = torch.device(name)
@@ -123,14 +123,15 @@ def pick_device(name):
 
 def check_device_exists(name):
     """Raises Failure if `name` is not cpu, mps or cuda:N, or if there is no such device."""
+    asked = f"--device {name} (make: DEVICE={name})"
     if not re.fullmatch(r"cpu|mps|cuda:\d+", name):
-        raise Failure(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
+        raise Failure(f"{asked}: expected auto, cpu, cuda, cuda:N or mps")
     device = torch.device(name)
     n_mps = int(torch.backends.mps.is_available())
     counts = {"cpu": 1, "mps": n_mps, "cuda": torch.cuda.device_count()}
     count = counts[device.type]
     if (device.index or 0) >= count:
-        raise Failure(f"--device {name}: no such device ({count} found); use --device auto or cpu")
+        raise Failure(f"{asked}: no such device ({count} found); use auto or cpu")
 
 
 def try_device(name):
@@ -178,10 +179,11 @@ def build_backbone(arch, state=None, source=None):
     state: state dict of the whole network, read from the file `source`; None for random weights,
     which are the same in every run. Raises Failure if arch or state do not fit.
     """
+    asked = f"--arch {arch} (make: ARCH={arch})"
     if arch not in list_models() or re.search(OTHER_TASKS, get_model_builder(arch).__module__):
         similar = difflib.get_close_matches(arch, list_models(), 3) or ["resnet50", "densenet121"]
         similar = ", ".join(similar)
-        raise Failure(f"--arch {arch}: not a classifier of torchvision; did you mean {similar}?")
+        raise Failure(f"{asked}: not a classifier of torchvision; did you mean {similar}?")
     # The meta device draws no random weights: the state dict replaces them anyway.
     with torch.random.fork_rng(devices=[]), torch.device("meta" if state else "cpu"):
         torch.manual_seed(0)
@@ -189,7 +191,7 @@ def build_backbone(arch, state=None, source=None):
     head_name, head = list(network.named_modules())[-1]
     if not isinstance(head, nn.Linear):
         kind = type(head).__name__
-        raise Failure(f"--arch {arch}: its last layer must be a Linear layer, but is {kind}")
+        raise Failure(f"{asked}: its last layer must be a Linear layer, but is {kind}")
     network.set_submodule(head_name, nn.Identity())
     if hasattr(network, "transform_input"):
         network.transform_input = True  # googlenet, inception_v3: their weights need it
@@ -356,13 +358,16 @@ def run_network(backbone, views, args, device, dtype, compiled):
                 vectors.append(network(inputs).float().cpu()[: len(batch)])
             vectors = torch.cat(vectors).unflatten(0, pixels.shape[:2])
             if not vectors.isfinite().all():
-                message = f"the output of the network is not finite in {dtype}; use --device cpu"
-                raise Failure(message, 3)
+                message = f"the output of the network is not finite in {dtype}"
+                raise Failure(f"{message}; use --device cpu (make: DEVICE=cpu)", 3)
             yield from zip(indexes.tolist(), vectors, reasons, strict=True)
             pass_progress.update(vectors.shape[:2].numel())
     except RuntimeError as error:  # memory, a dead or hung worker, an operator the device lacks
         reason = " ".join(str(error).split())[:200]
-        advice = "use a smaller --batch-size, --workers 0 or --device cpu"
+        advice = (
+            "use a smaller --batch-size (make: BATCH_SIZE=8), --workers 0 (make: WORKERS=0) or "
+            "--device cpu (make: DEVICE=cpu)"
+        )
         raise Failure(f"computing features failed ({reason}); {advice}", 4) from error
     finally:
         pass_progress.bar.close()
@@ -389,8 +394,8 @@ def start_loader(views, batch_size, workers, device):
     try:
         return iter(loader)
     except OSError as error:  # no processes, semaphores or memory left
-        message = f"the processes that decode images cannot start ({error}); use --workers 0"
-        raise Failure(message, 4) from error
+        message = f"the processes that decode images cannot start ({error})"
+        raise Failure(f"{message}; use --workers 0 (make: WORKERS=0)", 4) from error
 
 
 def count_workers(workers, n_images, device):
@@ -460,14 +465,15 @@ def report_unreadable(unreadable, xrays, skip_bad):
     if not lines:
         return
     has_label = xrays[0].label is not None  # new images have none, and --check does not read them
-    advice = "; split_val.py --check lists all" if has_label else ""
+    advice = "; split_val.py --check (make check) lists all" if has_label else ""
     if not skip_bad:
         for line in lines[1:SHOWN]:  # the Failure names the first one
             print(line, file=sys.stderr)
         message = lines[0]
         if len(lines) > 1:
             message += f" (and {len(lines) - 1} more{advice})"
-        raise Failure(f"{message}; repair or remove it, or leave such images out with --skip-bad")
+        skip = "leave such images out with --skip-bad (make: ARGS=--skip-bad)"
+        raise Failure(f"{message}; repair or remove it, or {skip}")
     for line in lines[:SHOWN]:
         warn(f"left out: {line}")
     if len(lines) > SHOWN:

@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 
 from cxr.decode import explain_unreadable
-from cxr.duplicates import find_nearly_same, find_negatives, find_same
+from cxr.duplicates import LIST_ALL, find_nearly_same, find_negatives, find_same
 from cxr.errors import Failure, is_system_error
 from cxr.folders import check_split_is_complete, list_splits, list_val
 from cxr.leaks import find_shared_patients
@@ -132,7 +132,7 @@ def print_report(report, size):
     for message in messages[:LINES]:
         print(f"  {message}")
     if len(messages) > LINES:
-        print(f"  and {len(messages) - LINES} more; --json FILE writes all of them")
+        print(f"  and {len(messages) - LINES} more; {LIST_ALL}")
 
 
 def print_properties(report, size):

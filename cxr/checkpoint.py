@@ -24,12 +24,15 @@ MAX_UNPACKING = 10  # a zip file that unpacks to more than 10 times its size is 
 def load_weights(args):
     """Returns (state dict, its file) for --weights, or (None, None) for random weights."""
     if args.weights == "random":
-        warn("--weights random: the network is not pretrained, so the scores are only for a demo")
+        asked = "--weights random (make: WEIGHTS=random)"
+        warn(f"{asked}: the network is not pretrained, so the scores are only for a demo")
         return None, None
     path = imagenet_file(args.arch) if args.weights == "imagenet" else Path(args.weights)
     if not path.is_file():
-        expected = "expected imagenet, random or the file of a state dict"
-        raise Failure(f"--weights {path}: no such file; {expected}")
+        asked = f"--weights {path} (make: WEIGHTS={path})"
+        raise Failure(
+            f"{asked}: no such file; expected imagenet, random or the file of a state dict"
+        )
     return read_state_dict(path), path
 
 
@@ -41,12 +44,15 @@ def imagenet_file(arch):
     try:
         url = get_model_weights(arch).DEFAULT.url
     except (ValueError, AttributeError):
-        message = f"--arch {arch}: torchvision has no ImageNet weights for it; use --weights FILE"
-        raise Failure(message) from None
+        message = f"--arch {arch} (make: ARCH={arch}): torchvision has no ImageNet weights for it"
+        raise Failure(f"{message}; use --weights FILE (make: WEIGHTS=FILE)") from None
     path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
     # The names of torchvision's files end in the first 8 digits of their SHA-256.
     sha256 = RESNET50_SHA256 if arch == "resnet50" else path.stem.rpartition("-")[2]
-    advice = f"or download {url} elsewhere, and copy it to {path} or use --weights FILE"
+    advice = (
+        f"or download {url} elsewhere, and copy it to {path} or use --weights FILE "
+        "(make: WEIGHTS=FILE)"
+    )
     if not path.exists():
         download(url, path, sha256, advice)
     if not hash_file(path).startswith(sha256):

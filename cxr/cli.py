@@ -147,8 +147,10 @@ def describe_error(error, args):
     if isinstance(error, KeyboardInterrupt):
         return interrupt_exit_code(error), str(error) or errors.INTERRUPTED
     if isinstance(error, MemoryError):
-        advice = "; use a smaller --batch-size or fewer --workers" if "batch_size" in args else ""
-        return 4, f"the memory is full{advice}"
+        if "batch_size" not in args:
+            return 4, "the memory is full"
+        advice = "a smaller --batch-size (make: BATCH_SIZE=8) or --workers 0 (make: WORKERS=0)"
+        return 4, f"the memory is full; use {advice}"
     if isinstance(error, BrokenPipeError):
         # Python would fail again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

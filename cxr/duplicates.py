@@ -25,6 +25,7 @@ NEGATIVE_LIMIT = -0.2  # correlation with the principal component; reference dat
 MAX_CANDIDATES = 200_000  # pairs compared in detail, the most similar ones: takes half a minute
 N_NAMED = 3  # pairs named in a message
 BATCH = 512  # images, or pairs, that are compared at once
+LIST_ALL = "--json check.json (make check ARGS='--json check.json') lists all"
 ADVICE = {  # where an image occurs twice: what to do
     "in both classes": "Find out which label is right, and remove the other file",
     "in two splits": "Remove one file of each pair: copies make scores too good",
@@ -170,7 +171,7 @@ def list_pairs(texts):
     n = len(texts)
     text = f"{n} pairs: " if n > 1 else "1 pair: "
     text += "; ".join(texts[:N_NAMED])
-    return f"{text}; --json FILE lists all" if n > N_NAMED else text
+    return f"{text}; {LIST_ALL}" if n > N_NAMED else text
 
 
 def find_negatives(examined):

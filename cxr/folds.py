@@ -40,7 +40,7 @@ def patient_folds(xrays, labels, n_folds, seed):
         if all(0 < labels[rows].sum() < len(rows) for rows in folds):
             return folds
     problem = f"--folds {n_folds}: a fold would have no image of a class"
-    raise Failure(f"{problem}; use fewer folds, or another --seed")
+    raise Failure(f"{problem}; use fewer folds, or another --seed N (make: SEED=N)")
 
 
 def rank_doubtful(probs, labels, xrays, threshold, data_dir, classes):

@@ -85,7 +85,9 @@ def read_overlays(model, views, rows):
         items = [views[row] for row in rows[start : start + BATCH]]
         for row, _, reason in items:
             if reason:
-                raise Failure(f"{views.xrays[row].path}: {reason}; run evaluate.py again")
+                raise Failure(
+                    f"{views.xrays[row].path}: {reason}; run evaluate.py (make evaluate) again"
+                )
         pixels = torch.cat([item_views for _, item_views, _ in items])
         maps = class_maps(model, pixels)
         for i, view in enumerate(pixels):
@@ -98,9 +100,9 @@ def write_overlays(folder, model, views, probs):
 
     probs: float32 (N,), P(positive) of the images.
     """
+    classes = model.info["classes"]
     font = PIL.ImageFont.load_default(14)
     written = set()
-    classes = model.info["classes"]
     overlays = read_overlays(model, views, list(range(len(views))))
     for xray, prob, (_, picture) in zip(views.xrays, probs, overlays, strict=True):
         title = f"P({classes[1]}) {prob:.3f}"

@@ -67,9 +67,10 @@ def warn_if_patients_shared(xrays, splits):
         names_in[xray.split].add(xray.group if "val" in splits else xray.patient)
     shared = set.intersection(*names_in.values()) - {None}
     if shared:
-        advice = "split_val.py --check lists them"
+        advice = "split_val.py --check (make check) lists them"
         if "val" in splits:
-            advice = "to separate them, run split_val.py --undo, then split again"
+            undo = "split_val.py --undo (make split ARGS=--undo)"
+            advice = f"to separate them, run {undo}, then split again"
         folders = " and ".join(f"{split}/" for split in splits)
         warn(f"{folders} share patients ({len(shared)}, for example {min(shared)}); {advice}")
 

@@ -286,7 +286,8 @@ def find_shortcuts(examined, scored_on, classes):
         if alarms:
             warnings.append(
                 f"shift: {scored_on}/{name} differs from the other {name} images: "
-                f"{describe_alarms(alarms)} them. Report also the cross-validated result (make cv)"
+                f"{describe_alarms(alarms)} them. Report also the cross-validated result "
+                "(train.py --folds 5, make cv)"
             )
     return {"shortcuts": shortcuts, "shift": shift}, [], warnings
 
