@@ -27,7 +27,7 @@ compare      compares two models on the same images
 plots        the pictures of a report
 shortcuts    how well one number of an image predicts its class without a network
 
-page         the report, on the screen and as a web page
+page         the report, on the screen and as a web page (page.html is its template)
 duplicates   copies of an image, and negatives
 
 check        the report of split_val.py --check
@@ -45,7 +45,7 @@ from pathlib import Path
 # If a package is missing or does not fit another one, one line says what to do.
 NOW = ("numpy", "PIL", "torch", "torchvision", "tqdm")
 # Only looked up, because each takes up to a second to import, and not every script needs it.
-LATER = ("matplotlib", "pandas", "pydicom", "scipy", "sklearn", "torchmetrics")
+LATER = ("jinja2", "matplotlib", "pandas", "pydicom", "scipy", "sklearn", "torchmetrics")
 try:
     for name in NOW:
         importlib.import_module(name)

@@ -1,16 +1,17 @@
 """The report of evaluate.py, on the screen and as a web page. Both show summary_rows and sections.
 
 To add a score: add it to SCORES and to score() in cxr/scores.py; for an interval, also to
-measure_scores there. Screen (print_scores) and page (write_page) list all of report["metrics"].
+measure_scores there. Screen (print_scores) and page (page.html) list all of report["metrics"].
 """
 
 import base64
-import html
+from pathlib import Path
+
+import jinja2
 
 from cxr.compare import COMPARED
 from cxr.errors import SHOWN, either
 from cxr.files import atomic_write
-from cxr.folders import CLASSES
 from cxr.novelty import SHIFT
 from cxr.patients import METADATA
 from cxr.proportions import format_interval
@@ -27,24 +28,6 @@ PICTURES = {
     "scores": "Probabilities of the images of each class",
     "worst": "Misclassified images; if there are none, those nearest to the threshold",
 }
-LIMITS = (
-    "Not a medical device. If the test images come from the same source as the training images, "
-    "this is an internal test. It does not show how the model works on images of other devices, "
-    "with other framing, of patients of another age, or with other diseases. PPV and NPV hold only "
-    f"for the share of {CLASSES[1]} among the test images; see above for other shares."
-)
-STYLE_SHEET = """
-:root { color-scheme: light dark; --line: #8886; --warn: #d55e0022 }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem }
-table { border-collapse: collapse; display: block; overflow-x: auto }
-td, th { padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line); text-align: left }
-td { font-variant-numeric: tabular-nums }
-figure { margin: 0; break-inside: avoid } figure img { width: 100%; background: white }
-.pictures { display: grid; gap: 1rem; margin-top: 1.5rem }
-.pictures { grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)) }
-.lead { font-size: 1.2rem } .warning { background: var(--warn); padding: .6rem 1rem }
-pre { white-space: pre-wrap; overflow-wrap: anywhere } small, figcaption { opacity: .8 }
-"""
 
 
 # ---------------------------------------------------------------- the screen
@@ -73,7 +56,7 @@ def print_scores(report):
         name = f"{subgroup['metric']}, {subgroup['group']}"
         print(f"  {name:36} {format_interval(subgroup)}, n = {subgroup['n']}")
     counts = report["counts"]
-    negative, positive = CLASSES
+    negative, positive = report["classes"]
     print(f"\n{'':22}{f'predicted {negative}':>18}{f'predicted {positive}':>22}")
     print(f"{f'true {negative}':22}{counts['tn']:>18}{counts['fp']:>22}")
     print(f"{f'true {positive}':22}{counts['fn']:>18}{counts['tp']:>22}\n")
@@ -165,8 +148,9 @@ def prevalence_lines(report):
     """Lists PPV and NPV for several prevalences."""
     counts = report["counts"]
     share = (counts["tp"] + counts["fn"]) / report["n"]
+    _, positive = report["classes"]
     lines = [
-        f"{100 * share:.0f} % of these images are {CLASSES[1]}. If the disease is rarer, a "
+        f"{100 * share:.0f} % of these images are {positive}. If the disease is rarer, a "
         "positive result is less often correct. The intervals assume a known prevalence:"
     ]
     for row in report["elsewhere"]:
@@ -235,41 +219,27 @@ def comparison_section(other):
 
 def write_page(folder, report, pictures):
     """Writes report.html: one file that contains everything, also the pictures of these names."""
-    title = f"Pneumonia on chest X-rays: {report['split']} result"
-    scores = [(display_name(k), format_interval(v)) for k, v in report["metrics"].items()]
-    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-    warnings = [f'<p class="warning">Warning: {html.escape(w)}</p>' for w in report["warnings"]]
-    counts = report["counts"]
-    matrix = [(CLASSES[0], counts["tn"], counts["fp"]), (CLASSES[1], counts["fn"], counts["tp"])]
-    matrix_header = ("true class", *(f"predicted {name}" for name in CLASSES))
-    figures = {name: picture_html(folder, name) for name in pictures}
-    worst = figures.pop("worst", "")  # in a section of its own
-    if worst:
-        worst = f"<h2>Images to look at first</h2>{worst}"
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE_SHEET}</style>
-</head><body>
-<h1>{html.escape(title)}</h1>
-<p class="lead">{html.escape(lead_sentence(report))}</p>
-{"".join(warnings)}
-{table_html(summary_rows(report))}
-<h2>Scores</h2>
-{table_html(scores, ("score", "value (95 % interval)"))}
-<h3>Confusion matrix at the threshold</h3>
-{table_html(matrix, matrix_header)}
-<div class="pictures">{"".join(figures.values())}</div>
-{subgroups_html(report["subgroups"])}
-<h2>Can the scores be trusted?</h2>
-{sections_html(sections(report))}
-{worst}
-<h2>How it was computed</h2>
-<p>{CLASSES[1]} is the positive class. An image counts as positive if its probability is above the
-threshold. {html.escape(report["intervals"])}</p>
-<h2>Limits</h2><p>{html.escape(LIMITS)}</p>
-<p><small>{html.escape(versions)}</small></p>
-</body></html>
-"""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,  # names of classes, files and columns may contain "<"
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["display_name"] = display_name
+    environment.filters["format_interval"] = format_interval
+    negative, positive = report["classes"]
+    page = environment.get_template("page.html").render(
+        report=report,
+        negative=negative,
+        positive=positive,
+        lead_sentence=lead_sentence(report),
+        summary_rows=summary_rows(report),
+        sections=sections(report),
+        pictures={name: read_as_base64(folder / f"{name}.png") for name in pictures},
+        captions=PICTURES,
+        versions=", ".join(f"{name} {number}" for name, number in report["versions"].items()),
+    )
     with atomic_write(folder / "report.html", "w") as file:
         file.write(page)
 
@@ -291,40 +261,6 @@ def lead_sentence(report):
     return text
 
 
-def table_html(rows, header=None):
-    """Returns an HTML table. Cells are escaped."""
-    lines = [("th", header)] if header else []
-    lines += [("td", row) for row in rows]
-    text = ""
-    for tag, row in lines:
-        cells = [f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row]
-        text += f"<tr>{''.join(cells)}</tr>"
-    return f"<table>{text}</table>"
-
-
-def subgroups_html(subgroups):
-    """Returns the scores of the subgroups as an HTML table with a heading, "" if there are none."""
-    if not subgroups:
-        return ""
-    rows = []
-    for row in subgroups.values():
-        rows.append((row["group"], display_name(row["metric"]), row["n"], format_interval(row)))
-    table = table_html(rows, ("group", "score", "images", "value (95 % interval)"))
-    return f"<h2>Subgroups</h2>{table}"
-
-
-def sections_html(pairs):
-    """Returns the sections as headings and preformatted text."""
-    text = ""
-    for title, lines in pairs:
-        content = "\n".join(lines)
-        text += f"<h3>{html.escape(title)}</h3><pre>{html.escape(content)}</pre>"
-    return text
-
-
-def picture_html(folder, name):
-    """Returns a PNG file of the folder as a figure; the file is part of the page."""
-    content = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
-    caption = html.escape(PICTURES[name])
-    image = f'<img src="data:image/png;base64,{content}" alt="{caption}">'
-    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+def read_as_base64(path):
+    """Returns the content of a file as text, for a picture inside the page."""
+    return base64.b64encode(path.read_bytes()).decode()

@@ -8,7 +8,7 @@ from helpers import TINY_FAST, read_about, read_report
 import evaluate
 import train
 from cxr.folders import list_images
-from cxr.page import sections
+from cxr.page import sections, write_page
 from cxr.proportions import format_interval
 
 
@@ -38,7 +38,7 @@ class Page(html.parser.HTMLParser):
 def test_the_page_is_one_file_with_all_of_metrics_json(data, run_evaluate, pictures, tmp_path):
     images = sorted(path.name for path in data.glob("test/*/*"))
     rows = [f"{name},{i},{('<b>F&M</b>', '<script>')[i % 2]}" for i, name in enumerate(images)]
-    (data / "metadata.csv").write_text("\n".join(["file_name,patient_id,ward", *rows]))
+    (data / "metadata.csv").write_text("\n".join(["file_name,patient_id,<b>ward</b>", *rows]))
     list_images(data / "train/NORMAL")[0].unlink()  # this gives a warning
     assert run_evaluate("--data-dir", data) == 0
     page, report = Page(tmp_path / "results"), read_report(tmp_path / "results")
@@ -51,7 +51,7 @@ def test_the_page_is_one_file_with_all_of_metrics_json(data, run_evaluate, pictu
         [row["group"], names[row["metric"]], str(row["n"]), format_interval(row)]
         for row in report["subgroups"].values()
     ]
-    assert len(subgroups) == 2 + 6 and subgroups[2][0] == "ward <b>F&M</b>"
+    assert len(subgroups) == 2 + 6 and subgroups[2][0] == "<b>ward</b> <b>F&M</b>"
     counts = report["counts"]
     assert cells["normal"] == [str(counts["tn"]), str(counts["fp"])]
     assert cells["pneumonia"] == [str(counts["fn"]), str(counts["tp"])]
@@ -66,6 +66,23 @@ def test_the_page_is_one_file_with_all_of_metrics_json(data, run_evaluate, pictu
     assert not {"script", "link", "b", "iframe"} & set(page.tags)
     assert len(page.sources) == 6 and all(s.startswith("data:image/png") for s in page.sources)
     assert (tmp_path / "results" / "report.html").stat().st_size < 2_000_000
+
+
+def test_names_and_warnings_that_contain_tags_are_shown_as_text(scored, tmp_path):
+    report = read_report(scored[0])
+    report["warnings"] = ["a warning"]
+    write_page(tmp_path, report, [])
+    tags = Page(tmp_path).tags
+    report["classes"] = ["<b>healthy</b>", "<script>ill</script>"]
+    report["unlike"]["files"] = ["test/<script>.png", "test/&lt;b&gt;.png"]
+    report["warnings"] = ["<script>alert('leak')</script>"]
+    write_page(tmp_path, report, [])
+    page = Page(tmp_path)
+    assert page.tags == tags
+    for text in (*report["classes"], *report["unlike"]["files"], *report["warnings"]):
+        assert text in page.text
+    assert "<script>ill</script> on chest X-rays: test result" in page.texts  # a whole element
+    assert "predicted <b>healthy</b>" in page.texts
 
 
 @pytest.mark.usefixtures("quick")
