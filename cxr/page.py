@@ -57,9 +57,10 @@ def print_scores(report):
         print(f"  {name:36} {format_interval(subgroup)}, n = {subgroup['n']}")
     counts = report["counts"]
     negative, positive = report["classes"]
-    print(f"\n{'':22}{f'predicted {negative}':>18}{f'predicted {positive}':>22}")
-    print(f"{f'true {negative}':22}{counts['tn']:>18}{counts['fp']:>22}")
-    print(f"{f'true {positive}':22}{counts['fn']:>18}{counts['tp']:>22}\n")
+    width = max(len(negative), len(positive)) + 13  # of a column: "predicted NAME" and a gap
+    print(f"\n{'':{width}}{f'predicted {negative}':>{width}}{f'predicted {positive}':>{width}}")
+    print(f"{f'true {negative}':{width}}{counts['tn']:>{width}}{counts['fp']:>{width}}")
+    print(f"{f'true {positive}':{width}}{counts['fn']:>{width}}{counts['tp']:>{width}}\n")
 
 
 # ---------------------------------------------------------------- sentences of screen and page

@@ -8,7 +8,7 @@ from helpers import TINY_FAST, read_about, read_report
 import evaluate
 import train
 from cxr.folders import list_images
-from cxr.page import sections, write_page
+from cxr.page import print_scores, sections, write_page
 from cxr.proportions import format_interval
 
 
@@ -83,6 +83,12 @@ def test_names_and_warnings_that_contain_tags_are_shown_as_text(scored, tmp_path
         assert text in page.text
     assert "<script>ill</script> on chest X-rays: test result" in page.texts  # a whole element
     assert "predicted <b>healthy</b>" in page.texts
+
+
+def test_the_confusion_matrix_on_the_screen_has_room_for_long_class_names(scored, capsys):
+    names = ["no tuberculosis", "bacterial or viral tuberculosis"]
+    print_scores(read_report(scored[0]) | {"classes": names})
+    assert f" predicted {names[0]}   predicted {names[1]}\n" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("quick")
