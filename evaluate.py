@@ -36,7 +36,7 @@ from cxr.leaks import leak_warnings, list_training_xrays
 from cxr.maps import class_maps, write_overlays
 from cxr.novelty import measure_novelty, novelty_warnings
 from cxr.page import PICTURES, print_report, write_page
-from cxr.patients import Xray, patient_from_name, read_metadata, read_split
+from cxr.patients import Xray, read_metadata, read_split
 from cxr.plots import draw_pictures, draw_worst
 from cxr.predictions import (
     COLUMNS,
@@ -44,6 +44,7 @@ from cxr.predictions import (
     drop_unreadable,
     predicted_classes,
     read_predictions,
+    with_etiology,
     write_predictions,
 )
 from cxr.proportions import PREVALENCES, PROPORTIONS, predictive_values
@@ -285,8 +286,7 @@ def summarise(predictions, origin, other, args):
     _, labels, patients = as_arrays(readable)
     model, threshold = origin["model"] or {}, origin["threshold"]
     metrics = measure_scores(readable, threshold, args.seed)
-    names = [patient_from_name(Path(file).name) or "" for file in readable["file"]]
-    subgroups = measure_subgroups(readable, names, threshold, args.seed)
+    subgroups = measure_subgroups(with_etiology(readable), threshold, args.seed)
     assessed = {key.partition(" ")[0] for key in subgroups}  # a key is "column value, score"
     warnings = origin["warnings"] + novelty_warnings(origin["unlike"])
     warnings += below_chance(metrics["auroc"])

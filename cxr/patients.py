@@ -105,14 +105,24 @@ def patient_from_name(name, with_etiology=True):
     with_etiology: True counts person1_bacteria and person1_virus of the reference data as two
     patients. False counts them as one, so that a split keeps them together.
     """
+    parts = parse_name(name)
+    if with_etiology and "etiology" in parts:
+        return f"{parts['patient']}_{parts['etiology']}"
+    return parts.get("patient")
+
+
+def etiology_from_name(name):
+    """Returns bacteria or virus for a file name of the reference data, "" for others."""
+    return parse_name(name).get("etiology", "")
+
+
+def parse_name(name):
+    """Returns {patient, and etiology if known} of a file name, {} if no pattern matches it."""
     for pattern in PATIENT_NAMES:
         match = pattern.match(name)
         if match:
-            parts = match.groupdict()
-            if with_etiology and "etiology" in parts:
-                return f"{parts['patient']}_{parts['etiology']}"
-            return parts["patient"]
-    return None
+            return match.groupdict()
+    return {}
 
 
 def patient_from_dicom(path):

@@ -21,7 +21,7 @@ import pandas as pd
 
 from cxr.errors import Failure
 from cxr.files import atomic_write, read_csv
-from cxr.patients import patient_from_name
+from cxr.patients import etiology_from_name, patient_from_name
 
 COLUMNS = ("file", "label", "probability", "prediction", "error", "unlike", "patient")
 
@@ -29,6 +29,14 @@ COLUMNS = ("file", "label", "probability", "prediction", "error", "unlike", "pat
 def metadata_columns(predictions):
     """Returns the names of the columns of metadata.csv."""
     return [column for column in predictions.columns if column not in COLUMNS]
+
+
+def with_etiology(predictions):
+    """Adds a column etiology, read from the file names, unless metadata.csv has one."""
+    if "etiology" in predictions:
+        return predictions
+    names = [Path(file).name for file in predictions["file"]]
+    return predictions.assign(etiology=[etiology_from_name(name) for name in names])
 
 
 def drop_unreadable(predictions):

@@ -23,15 +23,6 @@ SCORES = (
     "brier", "ece",
 )  # fmt: skip
 
-# Subgroups of the reference data: {beginning or end of the patient's name in the file name:
-# (key in metrics.json, name of the group, score)}
-SUBGROUPS = {
-    "_bacteria": ("bacteria", "bacterial pneumonia", "sensitivity"),
-    "_virus": ("virus", "viral pneumonia", "sensitivity"),
-    "IM-": ("IM", "films named IM-", "specificity"),
-    "NORMAL2-IM-": ("NORMAL2-IM", "films named NORMAL2-IM-", "specificity"),
-}
-
 
 def score(probs, labels, threshold, names=SCORES):
     """Computes scores with torchmetrics. Returns {name: float}, None if a denominator is 0.
@@ -119,16 +110,13 @@ def count_outcomes(predictions, threshold):
     return {"tp": tp, "fp": fp, "tn": tn, "fn": fn}
 
 
-def measure_subgroups(predictions, names, threshold, seed):
+def measure_subgroups(predictions, threshold, seed):
     """Computes sensitivity, specificity and AUROC for subgroups of patients.
 
-    names: (N,), the patients as the file names contain them, for SUBGROUPS; "" if unknown.
-    Returns {key: {group, metric, n, value, low, high}}.
+    Returns {key: {group, metric, n, value, low, high}}. A score is left out if its images are
+    missing, for example the specificity of a subgroup without negative images.
     """
     result = {}
-    for part, (key, group, metric) in SUBGROUPS.items():
-        is_member = np.array([name.startswith(part) or name.endswith(part) for name in names])
-        result[key] = measure_subgroup(predictions[is_member], group, metric, threshold, seed)
     for column, value in subgroup_values(predictions):
         group = f"{column} {value}"
         subgroup = predictions[predictions[column] == value]
