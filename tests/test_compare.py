@@ -1,5 +1,7 @@
 """cxr/compare.py: two models on the same images."""
 
+import shutil
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -86,6 +88,15 @@ def test_a_folder_of_results_does_not_differ_from_itself(run_evaluate, scored, t
     assert evaluate.main(["--from", folder, "--compare", folder]) == 0
     out = capsys.readouterr().out
     assert "This model minus" in out and f"{scored[0] / 'predictions.csv'}" in out
+
+
+@pytest.mark.parametrize("flag", ["--from", "--compare"])
+def test_the_folder_of_a_run_stands_for_the_table_in_its_results(flag, scored, tmp_path, capsys):
+    shutil.copytree(scored[0], tmp_path / "runs" / "x" / "results")
+    folders = {"--from": scored[0], "--compare": scored[0]} | {flag: tmp_path / "runs" / "x"}
+    assert evaluate.main([str(word) for pair in folders.items() for word in pair]) == 0
+    out = capsys.readouterr().out
+    assert str(tmp_path / "runs" / "x" / "results") in out or flag == "--from"
 
 
 @pytest.mark.parametrize(

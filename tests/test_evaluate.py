@@ -119,15 +119,25 @@ def test_a_mistake_is_one_line_and_exit_code_2(flags, words, run_evaluate, tmp_p
     assert words in err and err.count("\n") == 1 and not [*(tmp_path / "results").glob("*")]
 
 
-def test_compare_refuses_the_table_of_another_split_before_the_features(
-    run_evaluate, scored, tmp_path, monkeypatch, capsys
+WRONG_TABLES = {  # what is wrong: (how the right table is changed, words of the message)
+    "another split": (lambda text: text.replace("test/", "val/"), "val/NORMAL"),
+    "an image too few": (lambda text: text[: text.rindex("test/")], "the same 24 images"),
+    "another label": (lambda text: text.replace(",NORMAL,", ",PNEUMONIA,", 1), "another label"),
+    "no column": (lambda text: text.replace("label", "class", 1), "column label"),
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG_TABLES)
+def test_compare_refuses_a_wrong_table_before_the_features(
+    mistake, run_evaluate, scored, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(common, "extract_features", None)
+    change, words = WRONG_TABLES[mistake]
     table = tmp_path / "p.csv"
-    table.write_text((scored[0] / "predictions.csv").read_text().replace("test/", "val/"))
+    table.write_text(change((scored[0] / "predictions.csv").read_text()))
     assert run_evaluate("--compare", table) == 2
     err = capsys.readouterr().err
-    assert str(table) in err and "val/NORMAL" in err and err.count("\n") == 1
+    assert str(table) in err and words in err and err.count("\n") == 1
     assert not (tmp_path / "results").exists()
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from faults import put
 from helpers import ROOT, keep, read_probs
@@ -29,6 +30,11 @@ COMMANDS = {
     "train": ["train.py"],
     "train GPUS=4": ["-m torch.distributed.run --standalone --nproc-per-node 4 train.py"],
     "train EPOCHS=3 DATA='/chest x'": ["train.py --data-dir '/chest x' --epochs '3'"],
+    "all CLASSES='NORMAL TUBERCULOSIS'": [
+        f"{script}.py --classes NORMAL TUBERCULOSIS"
+        for script in ("split_val", "train", "evaluate")
+    ],
+    "check CLASSES=\"'no finding' TB\"": ["split_val.py --check --classes 'no finding' TB"],
     "all PER_CLASS=8": ["split_val.py --per-class '8'", "train.py", "evaluate.py"],
     "all RUN=wide": ["split_val.py", f"train.py {RUN}", f"evaluate.py {RUN}"],
     "train RUN=wide MODEL=x.pth": [f"train.py {RUN}".replace("runs/wide/model.pth", "x.pth")],
@@ -87,7 +93,7 @@ def test_the_code_in_the_readme_gives_the_probability_of_predictions_csv(
     data, tmp_path, flags, quick
 ):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(code.splitlines()) <= 12
+    assert len(code.splitlines()) <= 14
     for split in ("train", "val", "test"):
         keep(data, 3, split)
     image = sorted((data / "test" / CLASSES[1]).iterdir())[0]
@@ -99,3 +105,6 @@ def test_the_code_in_the_readme_gives_the_probability_of_predictions_csv(
     command = [sys.executable, "-c", code]
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert float(process.stdout) == pytest.approx(prob, abs=1e-3), process.stderr
+    Image.fromarray(np.full((300, 260), 40000, np.uint16)).save(tmp_path / "scan.png")
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 1 and "only for 8 bits" in process.stderr
