@@ -31,7 +31,7 @@ from cxr.cli import FLAGS, Parser, add_flags, add_network_flags, class_name, num
 from cxr.compare import compare, match_predictions
 from cxr.errors import Failure, warn
 from cxr.files import check_writable, hash_file, read_json, versions, write_json
-from cxr.folders import CLASSES, SPLITS, find_other_classes, image_suffixes, list_images
+from cxr.folders import CLASSES, SPLITS, find_other_classes, image_suffixes, in_words, list_images
 from cxr.leaks import leak_warnings, list_training_xrays
 from cxr.maps import class_maps, write_overlays
 from cxr.novelty import measure_novelty, novelty_warnings
@@ -103,7 +103,7 @@ def read_model_info(path, arch, classes):
         warnings.append(
             f"there is no {info_file} beside {path.name}: the network is read as a {info['arch']} "
             f"(for another: --arch NAME, make: ARGS='--arch NAME'), with the classes "
-            f"{' and '.join(classes)}, threshold 0.5 and grey levels unchanged"
+            f"{in_words(classes)}, threshold 0.5 and grey levels unchanged"
         )
     elif "arch" not in info:
         raise Failure(f"{info_file}: does not describe a model; restore it or delete it")
@@ -129,7 +129,7 @@ def choose_classes(asked, info, source):
         return list(asked or CLASSES)
     known = classes_of(info)
     if asked and list(asked) != known:
-        what = f"{source} has the classes {' and '.join(known)} (positive: {known[1]})"
+        what = f"{source} has the classes {in_words(known)} (positive: {known[1]})"
         raise Failure(f"--classes {shlex.join(asked)}: {what}; leave --classes (make: CLASSES) out")
     return known
 
@@ -255,7 +255,7 @@ def read_other(args, files, labels, classes):
         return None
     report = report_beside(args.compare)
     if report and classes_of(report) != classes:
-        expected, found = (" and ".join(names) for names in (classes, classes_of(report)))
+        expected, found = in_words(classes), in_words(classes_of(report))
         raise Failure(
             f"{args.compare}: expected the classes {expected}, in this order, found {found}"
         )
@@ -529,8 +529,8 @@ def check_folder_names(args, classes):
     other = find_other_classes(folder, classes) if folder.is_dir() else []
     if other and args.checkpoint.with_suffix(".json").exists():
         raise Failure(
-            f"{folder}: found the folders {' and '.join(other)}, but {args.checkpoint} knows the "
-            f"classes {' and '.join(classes)}; rename the folders, or use a model of these classes"
+            f"{folder}: found the folders {in_words(other)}, but {args.checkpoint} knows the "
+            f"classes {in_words(classes)}; rename the folders, or use a model of these classes"
         )
 
 

@@ -53,7 +53,7 @@ def number(kind, low, high=float("inf")):
 
 def class_name(text):
     """The argparse type of --classes: the name of a folder, which a CSV file can also hold."""
-    is_folder_name = text == Path(text).name and text != ".."
+    is_folder_name = text == Path(text).name and text not in ("", "..")
     if not is_folder_name or text != text.strip() or not text.isprintable():
         raise argparse.ArgumentTypeError(f"expected the name of a folder, found {text!r}")
     return text

@@ -57,6 +57,11 @@ def image_suffixes():
     return " ".join(sorted(SUFFIXES))
 
 
+def in_words(classes):
+    """Returns two names as "A and B", for messages. Names with spaces are quoted."""
+    return " and ".join(shlex.quote(name) for name in classes)
+
+
 def classes_flag(classes):
     """Returns the flag that names the classes, as a user types it, for messages."""
     names = shlex.join(classes)
@@ -76,7 +81,7 @@ def list_split(data_dir, split, classes, warn_of_others=False):
             advice = "first run split_val.py, or make split"
         else:
             advice = suggest_data_dir(data_dir, classes)
-        expected = " and ".join(classes)
+        expected = in_words(classes)
         raise Failure(f"{root}: no such folder, expected {expected} in it ({advice})")
     check_only_classes(root, classes)
     if warn_of_others and list_images(root):
@@ -111,13 +116,13 @@ def list_splits(data_dir, splits, classes, warn_of_others=False):
 
 def check_only_classes(root, classes):
     """Raises Failure if a folder in `root` is not a class."""
-    expected = " and ".join(classes)
+    expected = in_words(classes)
     other = find_other_classes(root, classes)
     if other:
         # With a wrong order, sensitivity and specificity would be swapped without a message.
         first, second = other
         raise Failure(
-            f"{root}: expected the folders {expected}, found {first} and {second}. Correct their "
+            f"{root}: found the folders {in_words(other)}, expected {expected}. Correct their "
             "names, or name them with --classes. The second name must be the disease: "
             f"{classes_flag([first, second])}, or {classes_flag([second, first])}"
         )

@@ -89,7 +89,7 @@ def test_a_rank_chooses_the_gpu_only_under_torchrun(simulate_machine, monkeypatc
 
 def test_a_broken_gpu_is_refused_by_name_and_left_out_by_auto(simulate_machine, capsys):
     simulate_machine(cuda=1, broken="no kernel image")
-    with pytest.raises(Failure, match=r"--device cuda:0: .*no kernel image") as failure:
+    with pytest.raises(Failure, match=r"--device cuda:0 .*no kernel image") as failure:
         common.pick_device("cuda")
     assert failure.value.status == 4
     assert common.pick_device("auto")[0].type == "cpu"
@@ -245,7 +245,7 @@ def test_unreadable_images_end_the_run_or_are_skipped(run_script, home, capsys, 
     assert listing(home / "results") == results
     for line in lines:
         assert sum(f"{path}: " in line for path in paths) == 1
-    assert f"(and {len(paths) - 1} more; split_val.py --check lists all)" in lines[-1]
+    assert f"(and {len(paths) - 1} more; split_val.py --check (make check) lists all)" in lines[-1]
     assert SCRIPTS[script].main(home_flags(script, home, "--skip-bad")) == 0
     errors = capsys.readouterr().err
     assert sum(f"left out: {path}: " in errors for path in paths) == 5

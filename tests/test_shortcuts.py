@@ -94,7 +94,7 @@ def test_a_number_that_separates_the_classes_is_scored_on_the_other_images():
     numbers["constant"] = np.where(is_scored, labels, 1.0)
     rows = shortcuts.score_shortcuts(numbers, pixels, labels, patients, is_scored)
     assert [row["number"] for row in rows if row["alarm"]] == ["number 0"]
-    assert rows[0]["rule"].startswith("<=") and rows[0]["n"] == 90
+    assert rows[0]["rule"].startswith("< ") and rows[0]["n"] == 90
     assert rows[0]["auroc"] > 0.95 and rows[0]["accuracy"] > 0.9
     assert "constant" not in [row["number"] for row in rows]
     assert [row["auroc"] for row in rows] == sorted((row["auroc"] for row in rows), reverse=True)

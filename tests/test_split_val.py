@@ -99,7 +99,8 @@ def test_a_second_run_moves_nothing_and_undo_restores_all(tree, capsys, monkeypa
     assert capsys.readouterr().out.startswith("Moved 5 NORMAL and 5 PNEUMONIA images of ")
     record = read_json(tree / SPLIT_FILE)
     moved = names_in(tree, "val")
-    assert record == {"seed": 0, "per_class": 5, "moved": moved, "patients": record["patients"]}
+    expected = {"classes": list(CLASSES), "seed": 0, "per_class": 5, "moved": moved}
+    assert record == expected | {"patients": record["patients"]}
     splits = Counter(
         xray.split for xray in read_split(tree, "train", "val", "test", classes=CLASSES)
     )
@@ -223,9 +224,9 @@ def test_a_half_finished_split_is_no_training_data(tree, capsys):
     assert run_split(tree, "--per-class", 5) == 0
     file = names_in(tree, "val")["NORMAL"][0]
     (tree / "val" / "NORMAL" / file).rename(tree / "train" / "NORMAL" / file)
-    with pytest.raises(Failure, match=r"run split_val\.py again"):
+    with pytest.raises(Failure, match=r"to complete it, run split_val\.py"):
         read_split(tree, "train", "val", classes=CLASSES)
-    assert "run split_val.py again" in split_refused(tree, capsys, "--check")
+    assert "to complete it, run split_val.py" in split_refused(tree, capsys, "--check")
     assert run_split(tree) == 0
     assert sizes(tree) == [5, 5]
 
