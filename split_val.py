@@ -2,7 +2,9 @@
 
 Reads the images in DIR/train/{NORMAL,PNEUMONIA}/ (and in DIR/test/, which must not share them).
 Writes DIR/val/ and DIR/split_val.json, which holds the seed and every file that is moved. A second
-run moves nothing. A run after an interruption completes the split.
+run moves nothing. A run after an interruption completes the split. During a
+run, DIR/split_val.lock makes other runs wait. After a kill it blocks nobody, and the next run
+deletes it.
 
     python split_val.py                # a third of the smaller class, at most 50 images per class
     python split_val.py --undo         # moves the images back into train/
@@ -19,7 +21,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from common import SIZE
+from common import SIZE  # before filelock: it imports cxr, which reports missing packages
+
+# isort: split
+from filelock import FileLock, Timeout
+
 from cxr.cli import Parser, add_flags, number, run
 from cxr.errors import Failure, warn
 from cxr.files import check_writable, sync_folder, write_json
@@ -33,11 +39,7 @@ from cxr.folders import (
 )
 from cxr.patients import METADATA, read_split
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such lock: run one split_val.py at a time there
-    fcntl = None
-
+LOCK_FILE = "split_val.lock"  # in the data folder, while a split_val.py works on it
 MAX_DEFAULT = 50  # images per class in val/, as in the original project
 FEW_IMAGES = 30  # of a class; with 30 + 30, a 95 % interval of the accuracy is 0.2 wide
 
@@ -195,28 +197,33 @@ def lock(data_dir):
     """Locks a data folder, so that one split_val.py works on it; removes leftover files."""
     if not data_dir.is_dir():
         raise Failure(f"{data_dir}: no such folder; name it with --data-dir DIR (make: DATA=DIR)")
-    if fcntl is None:
+    if not os.access(data_dir, os.W_OK | os.X_OK):  # then no run can move an image there
         yield
         return
-    # The folder itself is locked: a killed process frees the lock, and there is no lock file.
-    descriptor = os.open(data_dir, os.O_RDONLY)
+    # mode: other users of the folder may lock it, too. No soft lock, as a kill would leave it.
+    file_lock = FileLock(data_dir / LOCK_FILE, mode=0o666, fallback_to_soft=False)
+    wait_for_lock(file_lock, data_dir)
     try:
-        wait_for_lock(descriptor, data_dir)
         for path in data_dir.glob(f".{SPLIT_FILE}.*.tmp"):  # left by a process that was killed
             path.unlink()
         yield
     finally:
-        os.close(descriptor)
+        # Deleted before the release, so that nobody's new lock is deleted. A process that waited
+        # for the deleted file cannot take it: filelock checks st_nlink and opens the new one.
+        # On Windows an open file cannot be deleted; there, the release deletes it.
+        with contextlib.suppress(OSError):
+            os.unlink(data_dir / LOCK_FILE)
+        file_lock.release()
 
 
-def wait_for_lock(descriptor, data_dir):
-    """Locks an open folder. Waits while another process has the lock."""
+def wait_for_lock(file_lock, data_dir):
+    """Takes the lock of a folder. Waits while another process has it."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        file_lock.acquire(blocking=False)
+    except Timeout:
         print(f"{data_dir}: waiting for another split_val.py to finish", flush=True)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError as error:  # some network file systems cannot lock a folder
+        file_lock.acquire()
+    except OSError as error:  # some network file systems cannot lock a file
         warn(f"{data_dir}: cannot be locked ({error.strerror}); run one split_val.py at a time")
 
 

@@ -45,7 +45,9 @@ from pathlib import Path
 # If a package is missing or does not fit another one, one line says what to do.
 NOW = ("numpy", "PIL", "torch", "torchvision", "tqdm")
 # Only looked up, because each takes up to a second to import, and not every script needs it.
-LATER = ("jinja2", "matplotlib", "pandas", "pydicom", "scipy", "sklearn", "torchmetrics")
+LATER = (
+    "filelock", "jinja2", "matplotlib", "pandas", "pydicom", "scipy", "sklearn", "torchmetrics",
+)  # fmt: skip
 try:
     for name in NOW:
         importlib.import_module(name)

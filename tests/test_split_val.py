@@ -2,11 +2,13 @@
 
 import contextlib
 import errno
+import fcntl
 import itertools
 import multiprocessing
 import os
 import random
 import shutil
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -91,9 +93,7 @@ def test_more_images_than_there_are_is_refused_with_a_number_that_works(tree, ca
     assert "--per-class 4 (make: PER_CLASS=4)" in message
 
 
-@pytest.mark.parametrize("lock", [split_val.fcntl, None])
-def test_a_second_run_moves_nothing_and_undo_restores_all(tree, capsys, monkeypatch, lock):
-    monkeypatch.setattr(split_val, "fcntl", lock)
+def test_a_second_run_moves_nothing_and_undo_restores_all(tree, capsys):
     before = snapshot(tree)
     assert run_split(tree, "--per-class", 5) == 0
     assert capsys.readouterr().out.startswith("Moved 5 NORMAL and 5 PNEUMONIA images of ")
@@ -375,6 +375,85 @@ def test_four_at_once_split_once(campaign, tmp_path, fuzz):
             assert child.exitcode == 0
         os.close(gate)
         assert snapshot(folder) == snapshot(done)
+
+
+def test_two_processes_never_hold_the_lock_at_once_although_its_file_is_deleted(tree, fuzz):
+    counts, before = fuzz.count(50, 5000), snapshot(tree)
+
+    def hold():
+        for _ in range(counts):
+            with split_val.lock(tree):
+                os.close(os.open(tree / "held", os.O_CREAT | os.O_EXCL))  # fails if it exists
+                os.unlink(tree / "held")
+        return 0
+
+    children = [fork(hold) for _ in range(8)]
+    for child in children:
+        child.join()
+        assert child.exitcode == 0
+    assert snapshot(tree) == before
+
+
+def test_a_run_waits_for_another_one_and_says_so_at_once(tree, capsys):
+    ready, locked = os.pipe()
+    gate, end = os.pipe()
+
+    def hold():
+        os.close(end)
+        with split_val.lock(tree):
+            os.write(locked, b"x")
+            os.read(gate, 1)  # returns when the parent closes its end
+        return 0
+
+    child = fork(hold)
+    os.read(ready, 1)
+    out = []
+
+    def release():
+        out.append(capsys.readouterr().out)
+        os.close(end)
+
+    threading.Timer(0.3, release).start()
+    assert run_split(tree) == 0
+    assert out == [f"{tree}: waiting for another split_val.py to finish\n"]
+    child.join()
+    assert sizes(tree) == [4, 4] and not (tree / split_val.LOCK_FILE).exists()
+    for descriptor in (ready, locked, gate):
+        os.close(descriptor)
+
+
+def test_the_lock_file_of_a_killed_run_blocks_nobody_and_the_next_run_deletes_it(tree, capsys):
+    def die():
+        fail_at(setattr, 2, None, calls=("rename",))
+        return run_split(tree)
+
+    child = fork(die)
+    child.join()
+    assert child.exitcode == 9 and (tree / split_val.LOCK_FILE).exists()
+    assert run_split(tree) == 0
+    assert "waiting" not in capsys.readouterr().out
+    assert sizes(tree) == [4, 4] and not (tree / split_val.LOCK_FILE).exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_folder_that_cannot_be_locked_is_split_with_a_warning(tree, capsys, monkeypatch, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert run_split(tree) == 0
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert f"{tree}: cannot be locked ({os.strerror(number)}); run one split_val.py" in warning
+    assert sizes(tree) == [4, 4] and not (tree / split_val.LOCK_FILE).exists()
+
+
+def test_the_check_of_a_folder_that_may_only_be_read_takes_no_lock(data, capsys, monkeypatch):
+    before = snapshot(data)
+    # A stand-in: root, as tests may run, can write everywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: mode == os.R_OK)
+    monkeypatch.setattr(split_val, "FileLock", None)
+    assert run_split(data, "--check") == 0
+    assert capsys.readouterr().err == "" and snapshot(data) == before
 
 
 def test_a_damaged_record_is_refused_or_changes_nothing(tree, tmp_path, fuzz, capsys):
