@@ -40,7 +40,6 @@ from cxr.errors import SHOWN, Failure, is_system_error, progress, rank_and_world
 # ---------------------------------------------------------------- transforms
 
 SIZE = 224  # pixels, height and width of the network's input
-LOG_EVERY = 30  # seconds between two lines of progress in a log file
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in [0, 1]
 
 # The whole image is resized, because a centre crop could cut off parts of the lungs.
@@ -344,7 +343,7 @@ def run_network(backbone, views, args, device, dtype, compiled):
     if device.type == "cpu":
         batch_size = min(batch_size, 16)  # the fastest on the CPUs that were measured
     total = len(views) * views.n_views
-    pass_progress = PassProgress(total)
+    bar, start = show_progress(total), time.perf_counter()
     try:
         network = prepare_network(backbone.network, device, dtype, compiled)
         for indexes, pixels, reasons in start_loader(views, batch_size, args.workers, device):
@@ -361,7 +360,7 @@ def run_network(backbone, views, args, device, dtype, compiled):
                 message = f"the output of the network is not finite in {dtype}"
                 raise Failure(f"{message}; use --device cpu (make: DEVICE=cpu)", 3)
             yield from zip(indexes.tolist(), vectors, reasons, strict=True)
-            pass_progress.update(vectors.shape[:2].numel())
+            bar.update(vectors.shape[:2].numel())
     except RuntimeError as error:  # memory, a dead or hung worker, an operator the device lacks
         reason = " ".join(str(error).split())[:200]
         advice = (
@@ -370,8 +369,8 @@ def run_network(backbone, views, args, device, dtype, compiled):
         )
         raise Failure(f"computing features failed ({reason}); {advice}", 4) from error
     finally:
-        pass_progress.bar.close()
-    seconds = time.perf_counter() - pass_progress.start
+        bar.close()
+    seconds = time.perf_counter() - start
     speed = f"{total / seconds:.0f} views per second ({str(dtype).removeprefix('torch.')})"
     progress(f"Features: computed {len(views)} images, {total} views in {seconds:.1f} s, {speed}")
 
@@ -418,24 +417,20 @@ def leave_ctrl_c_to_main(_):
     sys.stderr = open(os.devnull, "w")  # a thread of multiprocessing would print a traceback
 
 
-class PassProgress:
-    """Shows a pass as a bar on a terminal, otherwise as a line every LOG_EVERY seconds."""
-
-    def __init__(self, total):
-        self.bar = tqdm(total=total, unit=" views", disable=None)  # None: only on a terminal
-        self.done = 0
-        self.start = self.last_line = time.perf_counter()
-
-    def update(self, count):
-        """Adds finished views."""
-        self.bar.update(count)
-        self.done += count
-        now = time.perf_counter()
-        if self.bar.disable and now > self.last_line + LOG_EVERY:
-            self.last_line = now
-            seconds_left = (now - self.start) * (self.bar.total - self.done) / self.done
-            done = f"{self.done} of {self.bar.total} views"
-            progress(f"Features: {done}, about {seconds_left:.0f} s left")
+def show_progress(total):
+    """Returns a tqdm bar of `total` views. In a log file, it is one line every 30 seconds."""
+    is_terminal = sys.stderr.isatty()
+    interval = 0.1 if is_terminal else 30
+    return tqdm(
+        desc="Features",
+        total=total,
+        unit=" views",
+        mininterval=interval,
+        miniters=1,  # otherwise tqdm chooses a number, and prints more often than that
+        delay=0 if is_terminal else interval,  # a short pass prints nothing into a log file
+        ascii=None if is_terminal else True,  # None: tqdm looks at the encoding
+        disable=rank_and_world()[0] > 0,
+    )
 
 
 def wait_for_all_ranks():

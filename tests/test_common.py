@@ -1,6 +1,7 @@
 """common.py: views, the device, networks, and the pass that computes features."""
 
 import multiprocessing
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import torchvision
 from faults import listing, put, within
 from helpers import SCRIPTS, TINY, extract, grey, home_flags, read_about
 from torch import nn
+from tqdm import std as tqdm_module
 
 import common
 import train
@@ -187,6 +189,48 @@ def test_features_in_bfloat16_are_close_to_float32(images):
     assert fast.dtype == torch.float32 and not torch.equal(fast, exact)
     assert (fast - exact).abs().max() < 0.05 * exact.abs().max()
     assert nn.functional.cosine_similarity(fast, exact, dim=2).min() > 0.999
+
+
+@pytest.fixture
+def slow_pass(backbone, images, monkeypatch, capsys):
+    """slow_pass(seconds) computes 48 views in 12 batches that take so long; returns stderr."""
+
+    def call(seconds, **options):
+        clock = [0.0]
+
+        def normalize(pixels):
+            clock[0] += seconds
+            return backbone.normalize(pixels)
+
+        monkeypatch.setattr(tqdm_module, "time", lambda: clock[0])
+        extract(backbone._replace(normalize=normalize), images, 4, **options)
+        return capsys.readouterr().err
+
+    return call
+
+
+def test_a_log_file_gets_one_line_of_progress_every_30_seconds(slow_pass):
+    log = slow_pass(20)
+    assert log.isascii() and log.endswith("\n")
+    first, *_, last = lines = log.split("\r")[1:]  # tqdm begins a line with \r
+    assert len(lines) == 7  # 6 times 40 s, and the end
+    assert first.startswith("Features:  17%|") and "| 8/48 [00:40<03:20, " in first
+    assert last.startswith("Features: 100%|") and "| 48/48 [04:00<00:00, " in last
+
+
+def test_a_pass_of_less_than_30_seconds_prints_no_progress_into_a_log_file(slow_pass):
+    assert slow_pass(2) == ""
+
+
+def test_a_terminal_shows_the_progress_at_once_and_under_torchrun_only_that_of_rank_0(
+    slow_pass, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert slow_pass(2).startswith("\rFeatures:   0%|")
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(common, "wait_for_all_ranks", lambda: None)
+    assert slow_pass(2, cache=tmp_path) == ""
 
 
 def test_an_output_that_is_not_finite_is_refused_with_3(images):
