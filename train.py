@@ -547,7 +547,8 @@ def parse_args(argv=None):
     training.add_argument("--arch", default="resnet50", metavar="NAME",
         help="a classifier of torchvision that ends in a Linear layer")
     training.add_argument("--weights", default="imagenet", metavar="WHAT",
-        help="imagenet, the FILE of a state dict, or random (for a demo)")
+        help="imagenet, the FILE of a state dict (of torch.save or safetensors), or random (for a "
+             "demo)")
     training.add_argument("--views", type=number(int, 1, 999), default=8, metavar="N",
         help="variants of each training image (1 = only the image, 2 = also its mirror image, "
              "more = also random changes of pose and exposure)")

@@ -79,16 +79,20 @@ def download(url, path, sha256, advice):
 def read_state_dict(path):
     """Reads {name: tensor} from a checkpoint, without executing code in the file.
 
+    It is a file of torch.save, or a safetensors file, as timm and the Hugging Face hub use them.
     Raises Failure if the file is damaged, or if a tensor is impossible in a trained network.
     """
     path = Path(path)
     if not path.is_file():
         raise Failure(f"{path}: no such file, expected a checkpoint")
     try:
-        check_zip(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if is_safetensors(path):
+            checkpoint = load_safetensors(path)
+        else:
+            check_zip(path)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         state = find_state_dict(checkpoint, path)
         check_tensors(state, path)
     except (MemoryError, PermissionError, Failure):
@@ -98,6 +102,28 @@ def read_state_dict(path):
     # Torchvision's DenseNet files write "norm.1" for "norm1"; its own loader renames them too.
     old_name = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(\d)")
     return {old_name.sub(r"\1\2", key): value for key, value in state.items()}
+
+
+def is_safetensors(path):
+    """Returns True if a file is, or should be, a safetensors file: by its suffix or content."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return path.suffix == ".safetensors" or start[8:] == b"{"  # JSON after a length of 8 bytes
+
+
+def load_safetensors(path):
+    """Reads {name: tensor} from a safetensors file. Raises Failure if it is damaged."""
+    try:
+        from safetensors import SafetensorError  # not in requirements.txt, because few need it
+        from safetensors.torch import load
+    except ImportError:
+        command = ".venv/bin/pip install safetensors"
+        message = f"{path}: a safetensors file, which needs one more package: {command}"
+        raise Failure(message) from None
+    try:
+        return load(path.read_bytes())
+    except SafetensorError as error:
+        raise Failure(f"{path}: not a readable safetensors file ({error})") from None
 
 
 def check_zip(path):
@@ -128,11 +154,6 @@ def check_tensors(state, path):
 
 def unreadable_failure(path, error):
     """Returns the Failure for a file that torch.load cannot read."""
-    with open(path, "rb") as file:
-        start = file.read(10)
-    if start[8:] == b'{"':  # JSON after a length of 8 bytes
-        convert = f"torch.save(safetensors.torch.load_file({path.name!r}), 'weights.pth')"
-        return Failure(f"{path}: a safetensors file; convert it in Python: {convert}")
     # torch's own message is not shown, because it recommends executing the code in the file.
     reason = f"{type(error).__name__}: the file is damaged, or holds Python objects"
     save = "save one with torch.save(model.state_dict(), FILE)"
