@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import sklearn.linear_model
+import statsmodels.api
 import torch
 from helpers import read_about, read_report, read_rows, write_rows
 from scipy.special import expit, logit
 from simulated import calibration_error, simulate
 
-from cxr.calibration import calibrate, fit_threshold
+from cxr.calibration import calibrate, fit_logistic, fit_threshold, sandwich_errors
 from cxr.folders import CLASSES
 from cxr.predictions import as_arrays
 from cxr.scores import measure_calibration
@@ -42,6 +43,30 @@ def test_calibration_is_finite_on_separated_data_and_never_swaps_the_classes(cap
     assert 0 < slope < 5 and abs(intercept) < 1
     assert calibrate(logits, 1 - labels) == (1, 0)
     assert "not calibrated" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_logistic_regression_and_its_errors_agree_with_statsmodels(seed):
+    rng = np.random.default_rng(seed)
+    n, n_patients = int(rng.integers(60, 400)), 30
+    x = np.column_stack([rng.normal(0, 2, n), np.ones(n)])
+    offset = rng.normal(size=n) if seed % 2 else np.zeros(n)
+    labels = (rng.random(n) < expit(x @ [0.8, -0.3] + offset)).astype(float)
+    if seed % 4 > 1:  # as calibrate does
+        labels = np.where(labels > 0.5, 0.97, 0.02)
+    patients = rng.permutation(np.arange(n) % n_patients)
+    model = statsmodels.api.GLM(labels, x, statsmodels.api.families.Binomial(), offset=offset)
+    by_patient = {"groups": patients, "use_correction": False}
+    fit = model.fit(tol=1e-14, cov_type="cluster", cov_kwds=by_patient)
+    expected_errors = fit.bse * np.sqrt(n_patients / (n_patients - 1))
+    # L-BFGS stops when the loss changes by less than 1e-12. The loss is flat at its minimum, so the
+    # coefficients are less exact than the loss.
+    coefficients, errors = fit_logistic(x, labels, offset, patients)
+    assert model.loglike(coefficients) == pytest.approx(fit.llf, abs=1e-8)
+    assert coefficients == pytest.approx(fit.params, abs=1e-6)
+    assert errors == pytest.approx(expected_errors, abs=1e-6)
+    errors = sandwich_errors(x, labels, fit.fittedvalues, patients)
+    assert errors == pytest.approx(expected_errors, abs=1e-8)
 
 
 def test_the_fitted_calibration_and_threshold_are_saved(run_train, tmp_path):

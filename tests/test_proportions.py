@@ -5,8 +5,15 @@ import json
 import numpy as np
 import pytest
 import scipy.stats
+from statsmodels.stats.proportion import proportion_confint
 
-from cxr.proportions import complement, predictive_values, ratio_interval, wilson_interval
+from cxr.proportions import (
+    complement,
+    effective_sample_size,
+    predictive_values,
+    ratio_interval,
+    wilson_interval,
+)
 
 
 def share(k, n):
@@ -75,3 +82,17 @@ def test_the_wilson_interval_of_correlated_images_contains_the_true_share(p):
     assert 0.91 < hits / runs < 0.985 and hits_by_image < hits
     interval = wilson_interval(np.ones(60), np.repeat(np.arange(20), 3))  # it counts patients
     assert interval["low"] == pytest.approx(share(20, 20)["low"])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_wilson_interval_agrees_with_statsmodels(seed):
+    rng = np.random.default_rng(seed)
+    for n in rng.integers(1, 500, 20):
+        for k in (0, rng.integers(0, n + 1), n):
+            low, high = proportion_confint(k, n, method="wilson")
+            assert values(share(k, n)) == pytest.approx([k / n, low, high], abs=1e-8)
+        correct, patients = rng.random(n) < rng.random(), rng.integers(n // 3 + 1, size=n)
+        n_effective = effective_sample_size(correct, patients)
+        low, high = proportion_confint(correct.mean() * n_effective, n_effective, method="wilson")
+        expected = [correct.mean(), low, high]
+        assert values(wilson_interval(correct, patients)) == pytest.approx(expected, abs=1e-8)
