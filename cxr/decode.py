@@ -9,15 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
-from PIL import ImageMode, ImageOps, PngImagePlugin, TiffImagePlugin
+from PIL import ImageMode, ImageOps
 
 FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # for others, Pillow may start programs
 MODALITIES = ("CR", "DX", "RG")  # radiographs in DICOM
 MAX_PIXELS = 50_000_000  # radiographs have up to 20 million; a decompression bomb has more
-
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # long comments are normal
-# Big-endian 16-bit TIFF in which white is 0: Pillow knows only the little-endian variant.
-TiffImagePlugin.OPEN_INFO[(b"MM", 0, (1,), 1, (16,), ())] = ("I;16B", "I;16B")
 
 EXIF_ORIENTATION, TIFF_BITS, TIFF_PHOTOMETRIC = 274, 258, 262  # numbers of metadata tags
 UPRIGHT = {  # EXIF orientation: what turns the picture upright
