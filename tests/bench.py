@@ -178,36 +178,6 @@ def bench_pass(folder):
     report("(d)", "forward only", only, "the whole pass", whole, "ms/view", only / whole)
 
 
-def bench_compiled(folder):
-    """(d): 5,000 images forward with --compile, against OpenVINO, the set-up of each included."""
-    try:
-        import openvino
-    except ImportError:
-        print("(d) OpenVINO is not installed: pip install openvino compares with it")
-        return
-    device, dtype = common.pick_device("cpu")
-    network, n_batches = common.build_backbone("resnet50").network, 5000 // 16
-    batch = torch.randn(16, 3, 224, 224)
-    precision = "bf16" if dtype == torch.bfloat16 else "f32"
-    hints = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
-
-    def by_openvino():
-        model = openvino.convert_model(network, example_input=batch)
-        request = openvino.Core().compile_model(model, "CPU", hints).create_infer_request()
-        for _ in range(n_batches):
-            request.infer({0: batch.numpy()})
-
-    def by_us(n_batches=n_batches):
-        torch._dynamo.reset()
-        fast = common.prepare_network(network, device, dtype, compiled=True)
-        forward(fast, batch.to(dtype, memory_format=torch.channels_last), n_batches)
-
-    first = seconds(lambda: by_us(1))  # fills inductor's cache on disk
-    print(f"(d) compiled for the first time on this machine in {first:.1f} s", flush=True)
-    ours, other = seconds(by_us), seconds(by_openvino)
-    report("(d)", "OpenVINO, 5,000 images", other, "forward, --compile", ours, "s", ours / other)
-
-
 def bench_decoding(folder):
     """(e): 1500x1200 JPEGs from file to view, decoded whole and at the scale that suffices."""
     for mode, quality in (("L", 75), ("L", 90), ("RGB", 90)):
@@ -262,13 +232,7 @@ def bench_growth(folder):
         print(f"{name}: {taken / factor * 5:6.2f} ms/image, {memory}", flush=True)
 
 
-BENCHES = {
-    "e": bench_decoding,
-    "d": bench_pass,
-    "o": bench_compiled,
-    "a": bench_training,
-    "f": bench_growth,
-}
+BENCHES = {"e": bench_decoding, "d": bench_pass, "a": bench_training, "f": bench_growth}
 
 
 def main():
@@ -278,7 +242,7 @@ def main():
     parser.add_argument(
         "--only",
         default=",".join(BENCHES),
-        help="lines: a (with b, c, g), d (the pass), o (OpenVINO), e, f (default: all)",
+        help="lines: a (with b, c, g), d (the pass), e, f (default: all)",
     )
     only = parser.parse_args().only.split(",")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
