@@ -188,26 +188,26 @@ def train_seeds(data, args):
     if args.seeds == 1:
         trained = train_head(data, args, args.seed)
         return trained, [trained]
-    heads, exit_code = [], 0
-    try:
-        for seed in range(args.seed, args.seed + args.seeds):
-            trained = train_head(data, args, seed, log=lambda line: None)
-            if trained.exit_code:
-                exit_code = trained.exit_code
-                break
-            heads.append(trained)
-            scores = f"Val Loss: {trained.val_loss:.4f}, Val Acc: {trained.val_accuracy:.4f}"
-            print(f"Seed {seed}: epoch {trained.epoch}, {scores}")  # instead of a line per epoch
-    except KeyboardInterrupt as interrupt:
-        exit_code = interrupt_exit_code(interrupt)
-    if not heads:
-        raise Failure(INTERRUPTED, exit_code)
+    heads = []
+    for seed in range(args.seed, args.seed + args.seeds):
+        trained = train_one_of_several(data, args, seed)
+        heads.append(trained)
+        scores = f"Val Loss: {trained.val_loss:.4f}, Val Acc: {trained.val_accuracy:.4f}"
+        print(f"Seed {seed}: epoch {trained.epoch}, {scores}")  # instead of a line per epoch
     for name in ("val_loss", "val_accuracy"):
         values = folds.spread([getattr(trained, name) for trained in heads])
         print(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in values.items()))
     print(f"Saving the mean of {len(heads)} heads; epoch and curves are those of the first head")
     # The mean of linear heads is again one linear head, and it varies less between trainings.
-    return mean_head(heads, data)._replace(exit_code=exit_code), heads
+    return mean_head(heads, data), heads
+
+
+def train_one_of_several(data, args, seed):
+    """Trains a head without a line per epoch. Ctrl-C and SIGTERM end the run, nothing is saved."""
+    trained = train_head(data, args, seed, log=lambda line: None)
+    if trained.exit_code:
+        raise Failure(INTERRUPTED, trained.exit_code)
+    return trained
 
 
 def mean_head(heads, data):
@@ -328,11 +328,10 @@ def train(args):
     scores = [f"{name} {format_interval(v)}" for name, v in fitted["at_threshold"].items()]
     print(f"At {threshold} on val: {', '.join(scores)}")
 
-    done, kept = f"{len(best.history)} epochs", f"epoch {best.epoch}"
-    if args.seeds > 1:
-        done, kept = f"{len(heads)} heads", f"the mean of {len(heads)} heads"
+    kept = f"the mean of {len(heads)} heads" if args.seeds > 1 else f"epoch {best.epoch}"
     saved = f"{kept} in {args.checkpoint}, {threshold}"
     if best.exit_code:
+        done = f"{len(best.history)} epochs"
         raise Failure(f"interrupted after {done}; saved {saved}", best.exit_code)
     draw_training(args, best, train_xrays)
     print(f"Saved {saved}; curves and samples are in {args.results_dir}")
@@ -487,9 +486,7 @@ def predict_rows(data, train, val, rows, args, seed):
     """
     labels = data.labels
     head_data = HeadData(data.views[train], labels[train], data.features[val], labels[val])
-    trained = train_head(head_data, args, seed, log=lambda line: None)
-    if trained.exit_code:
-        raise Failure(INTERRUPTED, trained.exit_code)
+    trained = train_one_of_several(head_data, args, seed)
     with torch.no_grad():
         logits = trained.head(data.features).squeeze(1)
     slope, intercept = 1, 0

@@ -13,6 +13,7 @@ from torch import nn
 
 import common
 import train
+from cxr.errors import INTERRUPTED, Terminated
 from cxr.files import hash_file
 from cxr.folders import CLASSES
 from cxr.patients import read_split
@@ -227,6 +228,19 @@ def test_ctrl_c_saves_the_best_epoch_so_far(run_train, tmp_path, monkeypatch, ca
     line = capsys.readouterr().err.splitlines()[-1]
     assert "interrupted after 3 epochs" in line and "saved epoch 2" in line
     assert read_about(tmp_path)["epoch"] == 2 and (tmp_path / "model.pth").exists()
+
+
+@pytest.mark.parametrize("flags", [("--seeds", 3), ("--folds", 3)])
+@pytest.mark.parametrize(("stop", "status"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+@pytest.mark.parametrize("n_epochs", [3, 7])  # in the first head, and in the second one
+def test_an_interrupted_run_of_several_heads_saves_none_of_them(
+    flags, stop, status, n_epochs, run_train, tmp_path, monkeypatch, capsys
+):
+    scores = [*[(0.5, 0.5)] * n_epochs, stop]
+    monkeypatch.setattr(train, "validate", Mock(side_effect=scores))
+    assert run_train("--epochs", 5, *flags) == status
+    assert capsys.readouterr().err.splitlines()[-1] == f"train.py: {INTERRUPTED}"
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize(
