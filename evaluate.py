@@ -27,7 +27,7 @@ from torch import nn
 
 from cxr.bootstrap import DRAWS, INTERVALS
 from cxr.checkpoint import read_state_dict
-from cxr.cli import FLAGS, Parser, add_flags, add_network_flags, class_name, number, run
+from cxr.cli import Parser, add_flags, add_network_flags, class_name, number, run
 from cxr.compare import compare, match_predictions
 from cxr.errors import Failure, warn
 from cxr.files import check_writable, hash_file, read_json, versions, write_json
@@ -640,7 +640,9 @@ def parse_args(argv=None):
         help="also write a class activation map of each image into this folder, which is created "
              "in --results-dir")
     # fmt: on
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, argparse.Namespace(results_dir=None))  # None: not given
+    if not args.source:  # --from without --results-dir only prints
+        args.results_dir = args.results_dir or parser.get_default("results_dir")
     if args.images and (args.source or args.compare):
         parser.error("FILE_OR_FOLDER: new images have no labels, which --from and --compare need")
     if args.source and args.split:
@@ -652,8 +654,6 @@ def parse_args(argv=None):
         args.cam = args.results_dir / args.cam
     args.source = args.source and find_table(args.source)
     args.compare = args.compare and find_table(args.compare)
-    if args.source and args.results_dir is FLAGS["--results-dir"]["default"]:
-        args.results_dir = None  # it was not given, so --from only prints
     return args
 
 

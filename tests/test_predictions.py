@@ -44,6 +44,18 @@ def test_from_needs_neither_images_nor_network(
         assert (again / name).read_bytes() == (results / name).read_bytes(), name
 
 
+def test_results_is_the_folder_if_none_is_named_and_with_from_only_if_it_is_named(
+    quick, scored, trained, split_phantoms, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    image, _ = list_split(split_phantoms, "test")[0]
+    flags = ["--checkpoint", trained / "model.pth", "--cache-dir", trained / "cache"]
+    assert evaluate.main([str(flag) for flag in (image, *flags, "--device", "cpu")]) == 0
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["new_predictions.csv"]
+    assert evaluate.main(["--from", str(scored[0]), "--results-dir", "results"]) == 0
+    assert (tmp_path / "results" / "metrics.json").exists()
+
+
 @pytest.mark.parametrize(("stored", "flags"), [(None, ()), (0.7, ()), (0.25, ("--threshold", 0.7))])
 def test_from_takes_the_threshold_of_the_flag_or_of_metrics_json(stored, flags, tmp_path, rescore):
     labels, probs = np.array([0, 1, 1, 0, 1]), np.array([0.1, 0.7, 0.8, 0.75, 0.2], np.float32)
