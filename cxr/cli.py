@@ -27,8 +27,8 @@ class Parser(argparse.ArgumentParser):
         """Adds one group of flags for each title, and returns them in this order."""
         return [self.add_argument_group(title) for title in titles]
 
-    def parse_args(self, argv=None):
-        args = super().parse_args(argv)
+    def parse_args(self, argv=None, namespace=None):
+        args = super().parse_args(argv, namespace)
         if args.classes and args.classes[0] == args.classes[1]:
             self.error(f"--classes: expected two different names, found {args.classes[0]} twice")
         return args
