@@ -144,7 +144,7 @@ def no_images_failure(folder):
     names = sorted({path.suffix or path.name for path in visible})
     content = f"only {', '.join(names[:5])}" if names else "an empty folder"
     message = f"{folder}: expected images ({image_suffixes()}), found {content}"
-    for subfolder in sorted(folder.glob("*/")):
+    for subfolder in sorted(path for path in visible if path.is_dir()):
         if list_images(subfolder):
             return Failure(f"{message}; move the images of {subfolder} up into {folder}")
     return Failure(message)
