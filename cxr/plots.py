@@ -102,7 +102,7 @@ def draw_scores(ax, predictions, report):
     """Draws a histogram of the probabilities of each class."""
     probs, labels, _ = as_arrays(predictions)
     by_class = [probs[labels == 0], probs[labels == 1]]
-    ax.hist(by_class, color=COLOURS, label=report["classes"], bins=25, range=(0, 1))
+    ax.hist(by_class, color=list(COLOURS), label=report["classes"], bins=25, range=(0, 1))
     label = f"threshold {report['threshold']:.3g}"
     ax.axvline(report["threshold"], color="black", ls="--", label=label)
     ax.set(xlabel=f"P({report['classes'][1]})", ylabel="images", title="Probabilities by class")

@@ -103,7 +103,8 @@ def save_rotated(image, path, exposure_bias=0):
     """Saves a picture on its side, with EXIF data that say: rotate it by 90 degrees clockwise."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    exif.get_ifd(0x8769)[0x9204] = exposure_bias
+    if exposure_bias:
+        exif[0x8769] = {0x9204: exposure_bias}
     image.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, quality=95)
 
 
