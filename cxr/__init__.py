@@ -37,23 +37,40 @@ device, the frozen network and the pass from images to features. train.py has th
 head, the early stopping (patience) and the loop of the cross-validation.
 """
 
+import contextlib
 import importlib
-import importlib.util
+import re
 import sys
+from importlib import metadata
 from pathlib import Path
 
-# If a package is missing or does not fit another one, one line says what to do.
-NOW = ("numpy", "PIL", "torch", "torchvision", "tqdm")
-# Only looked up, because each takes up to a second to import, and not every script needs it.
-LATER = (
-    "filelock", "jinja2", "matplotlib", "pandas", "pydicom", "scipy", "sklearn", "torchmetrics",
-)  # fmt: skip
+# If Python or a package is missing, too old, or does not fit another one, one line says what to do.
+REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
+NOW = ("numpy", "PIL", "torch", "torchvision", "tqdm")  # only these are also imported: it is slow
+
+
+def numbers(version):
+    """Returns the numbers of a version, to compare it: [2, 11, 0] for "2.11.0"."""
+    return [int(number) for number in re.findall(r"\d+", version)]
+
+
+def check_versions():
+    """Raises ImportError if Python or a package is missing or older than expected."""
+    if sys.version_info < (3, 10):  # noqa: UP036  the Makefile checks it, but only for .venv
+        raise ImportError(f"Python 3.10 or newer needed, found {sys.version.split()[0]}")
+    requirements = REQUIREMENTS.read_text(encoding="utf-8")
+    for name, lowest in re.findall(r"^([\w-]+)>=([\d.]+)", requirements, re.MULTILINE):
+        found = "none"
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found = metadata.version(name)
+        if numbers(found) < numbers(lowest):
+            raise ImportError(f"{name} {lowest} or newer needed, found {found}")
+
+
 try:
+    check_versions()
     for name in NOW:
         importlib.import_module(name)
-    for name in LATER:
-        if importlib.util.find_spec(name) is None:
-            raise ImportError(f"No module named {name!r}")
 except Exception as error:
     script = Path(sys.argv[0]).name
     reason = " ".join(str(error).split())

@@ -25,13 +25,27 @@ def run_python(code, *argv, cwd=None):
     return process.returncode, process.stdout, process.stderr.strip()
 
 
-@pytest.mark.parametrize("name", ["torch", "torchmetrics", "sklearn", "matplotlib", "pydicom"])
-def test_a_missing_package_is_one_line_at_once(name):
-    code = f"sys.modules[{name!r}] = None\nimport importlib.util as u; find = u.find_spec\n"
-    code += f"u.find_spec = lambda n, *a: None if n == {name!r} else find(n, *a)\nimport train"
-    status, _, error = run_python(code)
-    assert status == 2 and len(error.splitlines()) == 1 and name in error
-    assert "make install, then .venv/bin/python train.py" in error
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ("sys.version_info = (3, 9, 18)", "Python 3.10 or newer needed, found "),
+        ("sys.path = [path for path in sys.path if 'site-packages' not in path]", "found none"),
+        ("sys.modules['torchvision'] = None", "torchvision"),
+    ],
+)
+def test_an_old_python_and_a_missing_or_broken_package_are_one_line(environment, reason):
+    status, _, error = run_python(f"{environment}\nimport train")
+    assert status == 2 and len(error.splitlines()) == 1 and reason in error
+    assert error.endswith("; make install, then .venv/bin/python train.py")
+
+
+@pytest.mark.parametrize("name", ["torch", "torchmetrics", "scikit-learn", "pydicom"])
+def test_a_package_that_is_too_old_is_one_line_at_once(name, tmp_path):
+    about = f"Name: {name}\nVersion: 1.4.9\n"
+    faults.put(tmp_path / f"{name.replace('-', '_')}-1.4.9.dist-info/METADATA", about.encode())
+    status, _, error = run_python(f"sys.path.insert(0, {str(tmp_path)!r})\nimport train")
+    assert status == 2 and len(error.splitlines()) == 1
+    assert f"{name} " in error and "or newer needed, found 1.4.9; make install" in error
 
 
 def test_a_split_needs_nothing_that_windows_lacks(tree):
