@@ -19,7 +19,7 @@ train_flags = $(run_flags) $(call flag,epochs,EPOCHS) $(call flag,lr,LR) $(call 
 	$(call flag,views,VIEWS) $(call flag,window,WINDOW) $(call flag,arch,ARCH) $(call flag,weights,WEIGHTS)
 launch = $(if $(GPUS),$(PY) -m torch.distributed.run --standalone --nproc-per-node $(GPUS),$(PY))
 
-.PHONY: FORCE help install split check train cv evaluate predict all demo test fuzz bench lint clean
+.PHONY: FORCE help install split check train cv evaluate predict all demo test matrix fuzz bench lint clean
 help:  ## this page
 	@echo "make TARGET [VARIABLE=value ...]"
 	@sed -n 's/^\([a-z]*\):.*## *\(.*\)/  \1 \2/p' Makefile | awk '{ t = $$1; sub(/^ *[a-z]+ /, ""); printf "  %-10s %s\n", t, $$0 }'
@@ -69,6 +69,8 @@ demo: install  ## the whole chain on drawn radiographs, in demo/: needs neither 
 	@echo; echo "Next: put your own images into data/chestxrays/ (README.md, Your data), then make check, then make all"
 test: lint  ## everything that is checked before a change lands
 	$(PY) -m pytest -q -n 2 --dist worksteal $(ARGS)
+matrix:  ## the tests with the oldest Python and lowest versions, and with the newest
+	tests/matrix.sh $(ARGS)
 fuzz: .venv/installed-tests  ## minutes of damaged images, checkpoints and records, and kills at every step
 	$(PY) -m pytest -q -n 2 --dist worksteal tests --fuzz $(ARGS)
 bench: .venv/installed-tests  ## the speed table
@@ -79,4 +81,4 @@ lint: .venv/installed-tests  ## format, style and import directions
 	.venv/bin/lint-imports --no-logo --no-cache
 
 clean:  ## delete the environment, caches and the demo; data, models and results stay
-	rm -rf .venv .cache demo .pytest_cache .ruff_cache __pycache__ cxr/__pycache__ tests/__pycache__
+	rm -rf .venv .matrix .cache demo .pytest_cache .ruff_cache __pycache__ cxr/__pycache__ tests/__pycache__

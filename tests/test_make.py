@@ -17,12 +17,14 @@ import evaluate
 import train
 from cxr.folders import CLASSES
 
+# The tests may run below make, and must not inherit its PYTHON and MAKEFLAGS.
+ENVIRONMENT = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+
 
 def make(*words):
     """Runs make -n, which prints the commands and runs none."""
-    environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     command = ["make", "-n", *words]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
 
 
 RUN = "--checkpoint 'runs/wide/model.pth' --results-dir 'runs/wide/results'"
@@ -64,7 +66,7 @@ def install(tmp_path):
         put(tmp_path / file, b"")
     (tmp_path / ".venv" / "python").write_text("python3\n")
     command = ["make", "-C", str(tmp_path), "install"]
-    options = {"capture_output": True, "text": True, "env": os.environ | {"MAKEFLAGS": ""}}
+    options = {"capture_output": True, "text": True, "env": ENVIRONMENT}
     return lambda *words: subprocess.run([*command, *words], **options)
 
 
@@ -87,6 +89,50 @@ def test_an_environment_is_kept_until_another_python_is_given_that_is_not_too_ol
     assert install(f"PYTHON={python}").returncode == 2  # this python installs nothing
     assert "venv" in (tmp_path / "log").read_text()
     assert made_by.read_text() == f"{python}\n"
+
+
+@pytest.fixture
+def matrix(tmp_path):
+    """matrix(commands) runs make matrix where python3.10 to python3.14 run these commands."""
+    for name in ("Makefile", "requirements.txt", "tests/requirements.txt", "tests/matrix.sh"):
+        put(tmp_path / name, (ROOT / name).read_bytes())
+    (tmp_path / "tests/matrix.sh").chmod(0o755)
+    fake_python(tmp_path / "bin/pyenv", f"echo {tmp_path}/pyenv")
+    path = f"{tmp_path / 'bin'}:{ENVIRONMENT['PATH']}"
+
+    def call(commands):
+        for minor in range(10, 15):
+            name = f"python3.{minor}"
+            fake_python(tmp_path / "bin" / name, commands.get(name, "exit 127"))
+        options = {"capture_output": True, "text": True, "env": ENVIRONMENT | {"PATH": path}}
+        return subprocess.run(["make", "-C", str(tmp_path), "matrix"], **options).stdout
+
+    return call
+
+
+WORKING = """case "$*" in
+    --version) echo "called $0" ;;
+    "-m venv"*) mkdir -p .matrix/bin && cp "$0" .matrix/bin/python ;;
+    *"pip install"*) grep "torch[>=]" .matrix/requirements.txt ;;
+    *pytest*) echo "$@" ;;
+esac"""
+
+
+def test_the_matrix_takes_the_oldest_python_that_runs_and_the_newest_one(matrix, tmp_path):
+    fake_python(tmp_path / "pyenv/versions/3.10.1/bin/python", WORKING)  # its shim exits with 127
+    out = matrix({"python3.12": WORKING, "python3.13": WORKING})
+    lowest, newest = out.split("== ")[1:]
+    assert "Python 3.11: not found\nPython 3.14: not found" in out
+    assert f"{tmp_path}/pyenv/versions/3.10.1/bin/python\ntorch==" in lowest
+    assert f"{tmp_path}/bin/python3.13\ntorch>=" in newest
+    assert "pytest" in lowest and "pytest" in newest and not (tmp_path / ".matrix").exists()
+
+
+def test_the_matrix_runs_with_one_python_only_what_differs_from_make_test(matrix):
+    out = matrix({"python3.11": WORKING})
+    assert "python3.11\ntorch==" in out and "newest versions are not tested" in out
+    out = matrix({"python3.14": WORKING})
+    assert "lowest versions are not tested" in out and "newest versions are not tested" in out
 
 
 def test_the_code_in_the_readme_gives_the_probability_of_predictions_csv(
