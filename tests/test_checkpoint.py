@@ -83,7 +83,9 @@ def test_a_state_dict_without_model_json_is_read_as_a_resnet50_without_window_wi
     paths = list_images(split_phantoms / "test/NORMAL")[:2]
     assert run_evaluate(*paths, "--checkpoint", tmp_path / "bare.pth", "--no-cache") == 0
     error = capsys.readouterr().err
-    assert "read as a resnet50 (--arch)" in error and "grey levels unchanged" in error
+    assert (
+        "read as a resnet50 (for another: --arch NAME" in error and "grey levels unchanged" in error
+    )
     probs = read_probs(tmp_path / "results/new_predictions.csv")
     mean, std = torch.tensor(common.MEAN), torch.tensor(common.STD)
     network.eval()
@@ -148,7 +150,7 @@ def test_another_head_is_ignored_in_weights_and_refused_in_a_checkpoint(
     assert run_evaluate("--arch", "tinynet", "--checkpoint", path) == 2
     error = capsys.readouterr().err
     assert f"found weight and bias {shapes}" in error
-    assert f"--weights {path} trains a new one" in error
+    assert f"train.py --weights {path} (make train WEIGHTS={path}) trains a new one" in error
 
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pth"])
@@ -209,7 +211,7 @@ def test_a_damaged_safetensors_file_is_refused_or_read(fuzz, network, run_script
     ("name", "save", "remedy"),
     [
         ("whole.pth", faults.saved, "torch.save(model.state_dict(), FILE)"),
-        ("tiny.pth", lambda x: faults.saved(x.state_dict()), "read as a resnet50 (--arch)"),
+        ("tiny.pth", lambda x: faults.saved(x.state_dict()), "read as a resnet50 (for another"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_with_a_remedy(

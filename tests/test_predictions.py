@@ -48,7 +48,7 @@ def test_results_is_the_folder_if_none_is_named_and_with_from_only_if_it_is_name
     quick, scored, trained, split_phantoms, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    image, _ = list_split(split_phantoms, "test")[0]
+    image, _ = list_split(split_phantoms, "test", CLASSES)[0]
     flags = ["--checkpoint", trained / "model.pth", "--cache-dir", trained / "cache"]
     assert evaluate.main([str(flag) for flag in (image, *flags, "--device", "cpu")]) == 0
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["new_predictions.csv"]
