@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,11 +13,13 @@ import PIL.Image
 from cxr.decode import explain_unreadable
 from cxr.duplicates import LIST_ALL, find_nearly_same, find_negatives, find_same
 from cxr.errors import Failure, is_system_error
+from cxr.files import read_csv
 from cxr.folders import check_split_is_complete, list_splits, list_val
 from cxr.leaks import find_shared_patients
 from cxr.patients import Xray, identify_all, read_metadata
 from cxr.shortcuts import find_properties, find_shortcuts, image_numbers
 
+REFERENCE = Path(__file__).parent.parent / "docs" / "reference-images.csv"
 N_PROPERTIES = 4  # sizes, modes and formats that are printed
 LINES = 25  # errors and warnings that are printed
 
@@ -69,6 +72,13 @@ def list_xrays(data_dir, classes):
     return splits, identify_all(listed, read_metadata(data_dir, classes))
 
 
+def is_reference_data(xrays):
+    """Returns True if these images are those of docs/reference-images.csv, in whatever split."""
+    _, rows = read_csv(REFERENCE, "class", "sha256")
+    listed = {(row["class"], row["sha256"]) for _, row in rows}
+    return {(xray.path.parent.name, xray.sha256) for xray in xrays} == listed
+
+
 def examine(data_dir, size, classes):
     """Examines a data folder. Returns the report as a dict, which is the content of --json.
 
@@ -89,6 +99,7 @@ def examine(data_dir, size, classes):
 
     report = {
         "classes": list(classes),
+        "is_reference_data": is_reference_data(xrays),
         "images": n_images,
         "patients": Counter(folder for folder, _ in patients),
         "unreadable": unreadable,
@@ -121,6 +132,8 @@ def print_report(report, size):
             cell = f"{report['images'][folder]} ({report['patients'][folder]})"
             line += f"  {cell:>{max(16, len(name))}}"
         print(line)
+    if report["is_reference_data"]:
+        print("These are the 400 reference images.")
     text = ", ".join(f"{n} in {split}/" for split, n in pairs.items())
     print(f"pairs of images of one patient within a split: {text}")
     print_properties(report, size)

@@ -10,7 +10,8 @@ from helpers import run_split, shifted, snapshot, split_refused
 from phantoms import draw_folder, draw_phantom
 from PIL import Image, ImageEnhance, ImageOps
 
-from cxr.files import read_json
+import cxr.check
+from cxr.files import hash_file, read_json
 from cxr.folders import CLASSES, SPLIT_FILE
 from cxr.patients import patient_from_name
 
@@ -55,6 +56,18 @@ def test_a_folder_without_faults_has_no_errors_and_no_warnings(fair, capsys):
     assert "0 errors, 0 warnings" in screen and "  train" in screen
     assert "width" not in screen  # it is the same for all images
     assert snapshot(fair) == before
+
+
+def test_the_images_of_the_published_list_are_recognised_in_any_split(
+    fair, capsys, monkeypatch, tmp_path
+):
+    images = sorted(fair.glob("*/*/*.jpeg"))
+    rows = [f"train,{path.parent.name},{path.name},{hash_file(path)}" for path in images]
+    (tmp_path / "list.csv").write_text("\n".join(["split,class,file,sha256", *rows]))
+    monkeypatch.setattr(cxr.check, "REFERENCE", tmp_path / "list.csv")
+    assert "These are the 400 reference images." in run_check(fair, capsys)[1]
+    images[0].unlink()
+    assert "reference images" not in run_check(fair, capsys)[1]
 
 
 def shifted_and_brighter(image):

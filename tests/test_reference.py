@@ -173,6 +173,8 @@ def test_the_check_reports_what_is_known_of_the_reference_data(xrays, tmp_path, 
     for key in ("errors", "unreadable", "same", "nearly_same", "no_patient"):
         assert report[key] == []
     assert report["patients_across"] == {}
+    is_complete = layout in ("before", "after")
+    assert ("These are the 400 reference images." in screen) == is_complete
     pairs = report["same_patient_pairs"]
     assert pairs["train"] + pairs.get("val", 0) == 4
     assert sum(report["modes"]["RGB"].values()) == 14
@@ -184,7 +186,7 @@ def test_the_check_reports_what_is_known_of_the_reference_data(xrays, tmp_path, 
         assert report["scored_on"] == "test" and pairs["test"] == 7
         alarms = {"file size", "sharpness", "deviation", "3-pixel border"}
         assert {name for name, row in rows.items() if row["alarm"]} == alarms
-        assert rows["file size"]["rule"] == "<= 6002" and rows["file size"]["n"] == 100
+        assert rows["file size"]["rule"] == "< 6002" and rows["file size"]["n"] == 100
         assert rows["file size"]["accuracy"] == 0.79 and rows["sharpness"]["accuracy"] == 0.84
         expected = {"file size": 0.914, "sharpness": 0.907, "deviation": 0.832, "mean": 0.539}
         for name, auroc in expected.items():
