@@ -50,6 +50,7 @@ def test_a_package_that_is_too_old_is_one_line_at_once(name, tmp_path):
 
 def test_a_split_needs_nothing_that_windows_lacks(tree):
     code = "sys.modules['fcntl'] = None\nimport os, signal, split_val, train, evaluate\n"
+    code += "os.process_cpu_count = os.cpu_count\n"  # else Python 3.13 calls sched_getaffinity
     code += "for name in ('sched_getaffinity', 'uname', 'fork'): delattr(os, name)\n"
     code += "for name in ('SIGALRM', 'SIGCHLD', 'alarm'): delattr(signal, name)\n"
     code += "sys.exit(split_val.main(sys.argv[1:]))"
