@@ -36,7 +36,7 @@ help:  ## this page
 # a PYTHON that is given makes .venv anew where it was made by another one
 other_python := $(if $(filter command environment,$(origin PYTHON)),$(filter-out $(shell cat .venv/python 2>/dev/null),$(PYTHON)))
 .venv/installed: requirements.txt $(if $(other_python),FORCE)
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer needed, found %d.%d: make PYTHON=python3.12" % sys.version_info[:2])'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer needed, found %d.%d: make install PYTHON=python3.12" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(if $(other_python),--clear) .venv
 	@echo "$(PYTHON)" > .venv/python
 	$(PY) -m pip install --quiet --requirement requirements.txt

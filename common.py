@@ -35,7 +35,16 @@ from tqdm import tqdm
 from cxr.cache import Cache
 from cxr.checkpoint import strip_prefix
 from cxr.decode import apply_window, decode, explain_unreadable
-from cxr.errors import SHOWN, Failure, is_system_error, progress, rank_and_world, warn
+from cxr.errors import (
+    LIST_ALL,
+    SHOWN,
+    Failure,
+    as_typed,
+    is_system_error,
+    progress,
+    rank_and_world,
+    warn,
+)
 
 # ---------------------------------------------------------------- transforms
 
@@ -109,7 +118,7 @@ def pick_device(name):
     reason = try_device(name)
     if reason:
         if not is_auto:
-            asked = f"--device {name} (make: DEVICE={name})"
+            asked = as_typed("--device", "DEVICE", name)
             raise Failure(f"{asked}: cannot be used ({reason}); use auto or cpu", 4)
         warn(f"{name} cannot be used ({reason}), so the CPU is used")
         name = "cpu"
@@ -122,7 +131,7 @@ def pick_device(name):
 
 def check_device_exists(name):
     """Raises Failure if `name` is not cpu, mps or cuda:N, or if there is no such device."""
-    asked = f"--device {name} (make: DEVICE={name})"
+    asked = as_typed("--device", "DEVICE", name)
     if not re.fullmatch(r"cpu|mps|cuda:\d+", name):
         raise Failure(f"{asked}: expected auto, cpu, cuda, cuda:N or mps")
     device = torch.device(name)
@@ -178,7 +187,7 @@ def build_backbone(arch, state=None, source=None):
     state: state dict of the whole network, read from the file `source`; None for random weights,
     which are the same in every run. Raises Failure if arch or state do not fit.
     """
-    asked = f"--arch {arch} (make: ARCH={arch})"
+    asked = as_typed("--arch", "ARCH", arch)
     if arch not in list_models() or re.search(OTHER_TASKS, get_model_builder(arch).__module__):
         similar = difflib.get_close_matches(arch, list_models(), 3) or ["resnet50", "densenet121"]
         similar = ", ".join(similar)
@@ -460,7 +469,7 @@ def report_unreadable(unreadable, xrays, skip_bad):
     if not lines:
         return
     has_label = xrays[0].label is not None  # new images have none, and --check does not read them
-    advice = "; split_val.py --check (make check) lists all" if has_label else ""
+    advice = f"; split_val.py {LIST_ALL}" if has_label else ""
     if not skip_bad:
         for line in lines[1:SHOWN]:  # the Failure names the first one
             print(line, file=sys.stderr)

@@ -29,7 +29,7 @@ from cxr.bootstrap import DRAWS, INTERVALS
 from cxr.checkpoint import read_state_dict
 from cxr.cli import Parser, add_flags, add_network_flags, class_name, number, run
 from cxr.compare import compare, match_predictions
-from cxr.errors import Failure, warn
+from cxr.errors import Failure, as_typed, warn
 from cxr.files import check_writable, hash_file, read_json, versions, write_json
 from cxr.folders import CLASSES, SPLITS, find_other_classes, image_suffixes, in_words, list_images
 from cxr.leaks import leak_warnings, list_training_xrays
@@ -111,8 +111,8 @@ def read_model_info(path, arch, classes):
         # The threshold and the novelty limit of another checkpoint would be wrong.
         info = {key: info[key] for key in ("arch", "window") if key in info}
         warnings.append(
-            f"{info_file} DOES NOT BELONG to {path.name} (its SHA-256 is different): only its arch "
-            "and window are used"
+            f"{info_file} DOES NOT BELONG to {path.name} (the SHA-256 in it is that of another "
+            "file): only arch, classes and window are taken from it, and the threshold is 0.5"
         )
     if arch not in (None, info["arch"]):
         raise Failure(f"--arch {arch}: {info_file} says {info['arch']}; leave --arch out")
@@ -146,8 +146,8 @@ def build_head(backbone, path):
     if shapes != [(1, width), (1,)]:
         raise Failure(
             f"{path}: expected one output neuron with {width} inputs in {backbone.head_name}, "
-            f"found weight and bias {shapes}; train.py --weights {path} (make train "
-            f"WEIGHTS={path}) trains a new one on this network"
+            f"found weight and bias {shapes}; train.py {as_typed('--weights', 'WEIGHTS', path)} "
+            "trains a new one on this network"
         )
     head = nn.Linear(width, 1).requires_grad_(False)
     head.weight.copy_(weight)
@@ -498,7 +498,7 @@ def earlier_origin(args, predictions, before, classes):
 
 
 def table_warnings(predictions, before, path):
-    """Returns a warning if a table is not the one that the metrics.json beside it describes."""
+    """Returns a warning if the AUROC of a table is not that in the metrics.json beside it."""
     probs, labels, _ = as_arrays(drop_unreadable(predictions))
     if len(set(labels)) < 2:
         return []  # summarise says so
@@ -511,7 +511,7 @@ def table_warnings(predictions, before, path):
 
 
 def check_test_exists(args):
-    """Raises Failure if there is train/ but no test/. It says that the model is not lost."""
+    """Raises Failure if there is train/ but no test/. The message says that the model is saved."""
     folder = args.data_dir / "test"
     if args.split != "test" or folder.is_dir() or not (args.data_dir / "train").is_dir():
         return
@@ -519,7 +519,8 @@ def check_test_exists(args):
     raise Failure(
         f"{folder}: no such folder, expected images to test on. {saved}Run split_val.py --undo "
         "(make split ARGS=--undo), move whole patients from train/ to test/, then split and train "
-        "again. (--split val is no test result)"
+        "again. To score val/ instead, which is no test result, use --split val (make evaluate "
+        "ARGS='--split val')"
     )
 
 

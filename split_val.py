@@ -1,6 +1,6 @@
 """Moves whole patients of each class from train/ to val/, or checks the data.
 
-Reads the images in DIR/train/{NORMAL,PNEUMONIA}/ (and in DIR/test/, which must not share them).
+Reads the images in DIR/train/{NORMAL,PNEUMONIA}/ and DIR/test/; no image may be in both.
 Writes DIR/val/ and DIR/split_val.json, which holds the seed and every file that is moved. A second
 run moves nothing. A run after an interruption completes the split. During a
 run, DIR/split_val.lock makes other runs wait. After a kill it blocks nobody, and the next run
@@ -27,7 +27,7 @@ from common import SIZE  # before filelock: it imports cxr, which reports missin
 from filelock import FileLock, Timeout
 
 from cxr.cli import Parser, add_flags, number, run
-from cxr.errors import Failure, warn
+from cxr.errors import Failure, as_typed, warn
 from cxr.files import check_writable, sync_folder, write_json
 from cxr.folders import (
     SPLIT_FILE,
@@ -160,7 +160,8 @@ def check_folders_writable(data_dir, classes):
         if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
             source = shlex.quote(str(data_dir))
             raise Failure(
-                f"{folder}: not writable, so no image can be moved. Use a folder of links: "
+                f"{folder}: not writable, so no image can be moved. Change its permissions, or "
+                "split a folder of links: "
                 f"--data-dir NEW --link-from {source} (make: DATA=NEW LINK_FROM={source})"
             )
 
@@ -276,10 +277,8 @@ def keep_existing_val(data_dir, val):
 def warn_if_flags_differ(args, record):
     """Prints a warning if the flags ask for another split than the existing one."""
     n, seed = record["per_class"], record["seed"]
-    asked = (
-        args.per_class or n,
-        args.seed or seed,
-    )  # seed 0 is the default, so it asks for nothing
+    # The default seed 0 asks for nothing.
+    asked = args.per_class or n, args.seed or seed
     if asked != (n, seed):
         existing = f"was split with --per-class {n} --seed {seed}; this split stays"
         undo = "split_val.py --undo (make split ARGS=--undo)"
@@ -290,7 +289,7 @@ def link_images(data_dir, source, classes):
     """Makes data_dir a folder of links to the images in `source`, which is only read."""
     source = source.resolve()
     if source == data_dir.resolve():
-        asked = f"--link-from {source} (make: LINK_FROM={source})"
+        asked = as_typed("--link-from", "LINK_FROM", source)
         raise Failure(f"{asked}: is the folder of --data-dir (make: DATA=) itself; name a new one")
     splits = ["train", *(name for name in ("val", "test") if (source / name).is_dir())]
     try:

@@ -30,7 +30,7 @@ from cxr.calibration import calibrate, fit_threshold, threshold_rule
 from cxr.checkpoint import load_weights, save_checkpoint
 from cxr.cli import Parser, add_flags, add_network_flags, number, run
 from cxr.curves import choose_samples, draw_curves, draw_samples, write_history
-from cxr.errors import INTERRUPTED, Failure, interrupt_exit_code
+from cxr.errors import INTERRUPTED, Failure, as_typed, interrupt_exit_code
 from cxr.files import check_writable, versions, write_json
 from cxr.folders import SPLIT_FILE, check_split_classes
 from cxr.novelty import describe_features
@@ -73,7 +73,7 @@ def train_head(data, args, seed, log=print):
     rng = torch.Generator().manual_seed(seed)
     criterion = balanced_criterion(data.train_labels)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    # Halves the learning rate after three epochs without a val loss that is 0.01 % better.
+    # Halves the learning rate if the val loss has not improved by 0.01 % for three epochs.
     scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=2)
 
     best_val_loss, best, history = math.inf, None, []
@@ -583,7 +583,7 @@ def parse_args(argv=None):
     if args.repeats > 1 and not args.folds:
         parser.error("--repeats needs --folds (make cv)")
     description_file = args.checkpoint.with_suffix(".json").name
-    asked = f"--checkpoint {args.checkpoint} (make: MODEL={args.checkpoint})"
+    asked = as_typed("--checkpoint", "MODEL", args.checkpoint)
     if args.checkpoint.suffix not in (".pth", ".pt") or description_file == SPLIT_FILE:
         parser.error(f"{asked}: expected a name like model.pth")
     if args.checkpoint.resolve() == Path(args.weights).resolve():

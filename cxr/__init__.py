@@ -1,4 +1,4 @@
-"""The modules that the scripts use. Each has one subject, and imports only from the lines above it.
+"""The modules that the scripts use. Each has one subject, and imports only from levels above it.
 
 errors       errors that the user can fix, warnings and progress lines
 decode       decodes an image file into a grey picture

@@ -11,8 +11,8 @@ import numpy as np
 import PIL.Image
 
 from cxr.decode import explain_unreadable
-from cxr.duplicates import LIST_ALL, find_nearly_same, find_negatives, find_same
-from cxr.errors import Failure, is_system_error
+from cxr.duplicates import find_nearly_same, find_negatives, find_same
+from cxr.errors import LIST_ALL, Failure, is_system_error
 from cxr.files import read_csv
 from cxr.folders import check_split_is_complete, list_splits, list_val
 from cxr.leaks import find_shared_patients

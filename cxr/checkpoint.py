@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torchvision.models import get_model_weights
 
-from cxr.errors import DISK_FULL, Failure, warn
+from cxr.errors import DISK_FULL, Failure, as_typed, warn
 from cxr.files import atomic_write, hash_file, write_json
 
 RESNET50_SHA256 = "11ad3fa62ca79e40addfd354a8ec4b7c75143b3038b8d2a807fbc68deab379ca"
@@ -24,12 +24,12 @@ MAX_UNPACKING = 10  # a zip file that unpacks to more than 10 times its size is 
 def load_weights(args):
     """Returns (state dict, its file) for --weights, or (None, None) for random weights."""
     if args.weights == "random":
-        asked = "--weights random (make: WEIGHTS=random)"
+        asked = as_typed("--weights", "WEIGHTS", "random")
         warn(f"{asked}: the network is not pretrained, so the scores are only for a demo")
         return None, None
     path = imagenet_file(args.arch) if args.weights == "imagenet" else Path(args.weights)
     if not path.is_file():
-        asked = f"--weights {path} (make: WEIGHTS={path})"
+        asked = as_typed("--weights", "WEIGHTS", path)
         raise Failure(
             f"{asked}: no such file; expected imagenet, random or the file of a state dict"
         )
@@ -44,7 +44,8 @@ def imagenet_file(arch):
     try:
         url = get_model_weights(arch).DEFAULT.url
     except (ValueError, AttributeError):
-        message = f"--arch {arch} (make: ARCH={arch}): torchvision has no ImageNet weights for it"
+        asked = as_typed("--arch", "ARCH", arch)
+        message = f"{asked}: torchvision has no ImageNet weights for it"
         raise Failure(f"{message}; use --weights FILE (make: WEIGHTS=FILE)") from None
     path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
     # The names of torchvision's files end in the first 8 digits of their SHA-256.
@@ -84,7 +85,10 @@ def read_state_dict(path):
     """
     path = Path(path)
     if not path.is_file():
-        raise Failure(f"{path}: no such file, expected a checkpoint")
+        advice = (
+            "run train.py (make train) first, or name one with --checkpoint FILE (make: MODEL=FILE)"
+        )
+        raise Failure(f"{path}: no such file, expected a checkpoint; {advice}")
     try:
         if is_safetensors(path):
             checkpoint = load_safetensors(path)

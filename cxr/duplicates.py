@@ -17,6 +17,7 @@ import numpy as np
 from scipy import fft
 from scipy.ndimage import gaussian_filter
 
+from cxr.errors import LIST_ALL
 from cxr.leaks import is_leak
 
 CANDIDATE_LIMIT = 0.92  # correlation of blurred thumbnails from which a pair is compared in detail
@@ -25,7 +26,6 @@ NEGATIVE_LIMIT = -0.2  # correlation with the principal component; reference dat
 MAX_CANDIDATES = 200_000  # pairs compared in detail, the most similar ones: takes half a minute
 N_NAMED = 3  # pairs named in a message
 BATCH = 512  # images, or pairs, that are compared at once
-LIST_ALL = "--json check.json (make check ARGS='--json check.json') lists all"
 ADVICE = {  # where an image occurs twice: what to do
     "in both classes": "Find out which label is right, and remove the other file",
     "in two splits": "Remove one file of each pair: copies make scores too good",

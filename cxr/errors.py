@@ -8,8 +8,10 @@ number that is not finite, 4 resources (disk, memory, device), 130 Ctrl-C, 143 S
 import contextlib
 import errno
 import os
+import shlex
 import sys
 
+LIST_ALL = "--check --json check.json (make check ARGS='--json check.json') lists all"
 SHOWN = 5  # lines shown of one kind of message
 INTERRUPTED = "interrupted; each output file is complete: either the old or the new version"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: larger than a file may be
@@ -46,6 +48,12 @@ def rank_and_world():
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return 0, 1
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def as_typed(flag, variable, value):
+    """Returns a flag as a user types it, "--flag VALUE (make: VARIABLE=VALUE)", for messages."""
+    value = shlex.quote(str(value))
+    return f"{flag} {value} (make: {variable}={value})"
 
 
 def either(words):

@@ -12,7 +12,7 @@ import os
 import shlex
 from pathlib import Path
 
-from cxr.errors import Failure, warn
+from cxr.errors import Failure, as_typed, warn
 from cxr.files import read_json
 
 CLASSES = ("NORMAL", "PNEUMONIA")  # the default of --classes
@@ -82,7 +82,7 @@ def list_split(data_dir, split, classes, warn_of_others=False):
         else:
             advice = suggest_data_dir(data_dir, classes)
         expected = in_words(classes)
-        raise Failure(f"{root}: no such folder, expected {expected} in it ({advice})")
+        raise Failure(f"{root}: no such folder, expected {expected} in it; {advice}")
     check_only_classes(root, classes)
     if warn_of_others and list_images(root):
         warn(f"{root}: images directly in it are not read; only those in the class folders are")
@@ -95,8 +95,8 @@ def list_split(data_dir, split, classes, warn_of_others=False):
             # Moving files through a link would change the folder that it points to.
             raise Failure(
                 f"{folder}: found a link, expected a folder. Name the real data folder with "
-                "--data-dir DIR (make: DATA=DIR), or link its images with split_val.py --link-from "
-                "DIR (make split LINK_FROM=DIR)"
+                "--data-dir DIR (make: DATA=DIR), or make a folder of links to its images: "
+                "split_val.py --data-dir NEW --link-from DIR (make split DATA=NEW LINK_FROM=DIR)"
             )
         paths = list_images(folder, warn_of_others)
         if not paths:
@@ -156,9 +156,8 @@ def suggest_data_dir(data_dir, classes):
     for folder in candidates:
         is_data_folder = all((folder / "train" / name).is_dir() for name in classes)
         if is_data_folder and folder.name != "__MACOSX":  # which macOS adds to zip files
-            path = shlex.quote(str(folder))
-            return f"use --data-dir {path}, make: DATA={path}"
-    return "see --data-dir, make: DATA=DIR"
+            return f"use {as_typed('--data-dir', 'DATA', folder)}"
+    return "put the images there, or name their folder with --data-dir DIR (make: DATA=DIR)"
 
 
 def read_split_record(data_dir):

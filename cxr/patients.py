@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from cxr.decode import is_dicom
-from cxr.errors import Failure, is_system_error, warn
+from cxr.errors import LIST_ALL, Failure, is_system_error, warn
 from cxr.files import hash_file, read_csv
 from cxr.folders import SPLITS, check_split_is_complete, list_images, list_splits
 
@@ -15,7 +15,8 @@ METADATA = "metadata.csv"  # in the data folder: file_name, patient_id and any o
 
 # How file names contain the patient; the first pattern that matches counts. Add your own on top.
 PATIENT_NAMES = (
-    # The reference data: personN_bacteria_M.jpeg. person1_bacteria and person1_virus may be two.
+    # The reference data: personN_bacteria_M.jpeg. person1_bacteria and person1_virus may be two
+    # patients.
     re.compile(r"(?P<patient>person\d+)_(?P<etiology>bacteria|virus)_\d+"),
     re.compile(r"(?P<patient>(NORMAL2-)?IM-\d+)-\d+"),
     # The same children in their other release: BACTERIA-1049278-0001.jpeg
@@ -67,7 +68,7 @@ def warn_if_patients_shared(xrays, splits):
         names_in[xray.split].add(xray.group if "val" in splits else xray.patient)
     shared = set.intersection(*names_in.values()) - {None}
     if shared:
-        advice = "split_val.py --check (make check) lists them"
+        advice = f"split_val.py {LIST_ALL}"
         if "val" in splits:
             undo = "split_val.py --undo (make split ARGS=--undo)"
             advice = f"to separate them, run {undo}, then split again"

@@ -25,7 +25,9 @@ SCORES = (
 
 
 def score(probs, labels, threshold, names=SCORES):
-    """Computes scores with torchmetrics. Returns {name: float}, None if a denominator is 0.
+    """Computes scores with torchmetrics. Returns {name: float}.
+
+    ppv (npv) is None if no image is predicted positive (negative).
 
     probs: float32 (N,), P(positive); labels: int64 (N,). An image counts as positive if its
     probability is above the threshold, not if it is equal.
@@ -128,18 +130,15 @@ def measure_subgroups(predictions, threshold, seed):
 
 def measure_subgroup(subgroup, group, metric, threshold, seed):
     """Computes one score of a subgroup; None if the images that it needs are missing."""
-    if metric == "sensitivity":
-        subgroup = subgroup[subgroup["label"] == 1]
-    elif metric == "specificity":
-        subgroup = subgroup[subgroup["label"] == 0]
+    needed = {"sensitivity": {1}, "specificity": {0}, "auroc": {0, 1}}[metric]
+    subgroup = subgroup[subgroup["label"].isin(needed)]
     probs, labels, patients = as_arrays(subgroup)
+    if set(labels) != needed:
+        return None
 
     def auroc(rows):
         return aurocs(probs[None, rows], labels[rows])
 
-    n_classes_needed = 2 if metric == "auroc" else 1
-    if len(set(labels)) < n_classes_needed:
-        return None
     if metric == "auroc":
         interval = logit_t_intervals(labels, patients, auroc, seed)[0]
     else:
@@ -206,5 +205,5 @@ def below_chance(auroc):
     highest = auroc["value"] if auroc["high"] is None else auroc["high"]
     if highest >= 0.5:
         return []
-    value = format_interval(auroc)
-    return [f"the AUROC is {value}, below chance (0.5). Are the class folders swapped?"]
+    what = f"the AUROC is {format_interval(auroc)}, below chance (0.5)"
+    return [f"{what}. Are the class folders swapped, or the names of --classes (make: CLASSES)?"]

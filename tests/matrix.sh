@@ -46,5 +46,5 @@ fi
 if [ $count -gt 1 ]; then
     run_tests "Newest versions" "$newest" "$requirements" "$@"
 else
-    echo "The newest versions are not tested: with one Python alone, make test does that."
+    echo "Only one Python was found. Its newest versions are tested by make clean test."
 fi

@@ -150,7 +150,7 @@ def test_another_head_is_ignored_in_weights_and_refused_in_a_checkpoint(
     assert run_evaluate("--arch", "tinynet", "--checkpoint", path) == 2
     error = capsys.readouterr().err
     assert f"found weight and bias {shapes}" in error
-    assert f"train.py --weights {path} (make train WEIGHTS={path}) trains a new one" in error
+    assert f"train.py --weights {path} (make: WEIGHTS={path}) trains a new one" in error
 
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pth"])

@@ -289,7 +289,7 @@ def test_unreadable_images_end_the_run_or_are_skipped(run_script, home, capsys, 
     assert listing(home / "results") == results
     for line in lines:
         assert sum(f"{path}: " in line for path in paths) == 1
-    assert f"(and {len(paths) - 1} more; split_val.py --check (make check) lists all)" in lines[-1]
+    assert f"(and {len(paths) - 1} more; split_val.py --check --json check.json" in lines[-1]
     assert SCRIPTS[script].main(home_flags(script, home, "--skip-bad")) == 0
     errors = capsys.readouterr().err
     assert sum(f"left out: {path}: " in errors for path in paths) == 5

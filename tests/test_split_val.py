@@ -234,7 +234,7 @@ def test_a_half_finished_split_is_no_training_data(tree, capsys):
 def test_a_source_of_links_without_images_or_another_one_is_refused(tree, tmp_path, capsys):
     links = tmp_path / "links"
     message = split_refused(links, capsys, "--link-from", tree / "test" / "NORMAL")
-    assert "see --link-from" in message and not links.exists()
+    assert "--link-from DIR (make: LINK_FROM=DIR)" in message and not links.exists()
     assert run_split(links, "--link-from", tree) == 0
     other = shutil.copytree(tree, tmp_path / "other")
     assert f"is not a link to {other}" in split_refused(links, capsys, "--link-from", other)
