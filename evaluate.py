@@ -655,6 +655,9 @@ def parse_args(argv=None):
         args.cam = args.results_dir / args.cam
     args.source = args.source and find_table(args.source)
     args.compare = args.compare and find_table(args.compare)
+    for flag, path in (("--from", args.source), ("--compare", args.compare)):
+        if path and not path.is_file():
+            parser.error(f"{flag} {path}: no such file, expected a predictions.csv or its folder")
     return args
 
 

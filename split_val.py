@@ -347,6 +347,7 @@ def check(args):
         raise Failure(f"--json {args.json}: the record of a split has this name; choose another")
     if args.json:
         check_writable(args.json)
+    check_split_classes(args.data_dir, args.classes)
     with lock(args.data_dir):
         report = examine(args.data_dir, SIZE, args.classes)
     print_report(report, SIZE)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cxr import errors
 from cxr.errors import Failure, Terminated, interrupt_exit_code, rank_and_world
-from cxr.folders import CLASSES
+from cxr.folders import CLASSES, is_class_name
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -34,7 +34,9 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(
+            2, f"{self.prog}: {message} (see {self.prog} --help; variables of make: make help)\n"
+        )
 
 
 def number(kind, low, high=float("inf")):
@@ -52,10 +54,10 @@ def number(kind, low, high=float("inf")):
 
 
 def class_name(text):
-    """The argparse type of --classes: the name of a folder, which a CSV file can also hold."""
-    is_folder_name = text == Path(text).name and text not in ("", "..")
-    if not is_folder_name or text != text.strip() or not text.isprintable():
-        raise argparse.ArgumentTypeError(f"expected the name of a folder, found {text!r}")
+    """The argparse type of --classes."""
+    if not is_class_name(text):
+        expected = "the name of a folder without spaces at its ends, line breaks or - in front"
+        raise argparse.ArgumentTypeError(f"expected {expected}, found {text!r}")
     return text
 
 

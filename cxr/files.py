@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import tempfile
+import warnings
 import zlib
 from importlib import metadata
 from pathlib import Path
@@ -132,7 +133,8 @@ def read_csv(path, *required_columns):
 
 def save_figure(path, figure, dpi):
     """Saves a matplotlib figure as a PNG file."""
-    with atomic_write(path) as file:
+    with atomic_write(path) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # the font lacks a character of a name
         figure.savefig(file, format="png", dpi=dpi)
 
 

@@ -65,8 +65,17 @@ def in_words(classes):
 def classes_flag(classes):
     """Returns the flag that names the classes, as a user types it, for messages."""
     names = shlex.join(classes)
-    variable = shlex.quote(names).replace("$", "$$")  # make replaces $$ by $
+    variable = f'"{names}"'
+    if set(names) & set('"$`\\!'):
+        variable = shlex.quote(names).replace("$", "$$")  # make replaces $$ by $
     return f"--classes {names} (make: CLASSES={variable})"
+
+
+def is_class_name(text):
+    """Returns True if a folder of this name can be a class: also a flag and a table can hold it."""
+    is_folder_name = text == Path(text).name and text not in ("", "..")
+    is_clean = text == text.strip() and text.isprintable() and not text.startswith("-")
+    return is_folder_name and is_clean
 
 
 def list_split(data_dir, split, classes, warn_of_others=False):
@@ -133,9 +142,10 @@ def check_only_classes(root, classes):
 
 
 def find_other_classes(root, classes):
-    """Returns the names of the folders in `root` if there are two and they are not the classes."""
+    """Returns the names of the folders in `root` if they are two other classes, otherwise []."""
     names = sorted(path.name for path in root.iterdir() if path.is_dir())
-    return names if len(names) == 2 and set(names) != set(classes) else []
+    are_two_classes = len(names) == 2 and all(is_class_name(name) for name in names)
+    return names if are_two_classes and set(names) != set(classes) else []
 
 
 def no_images_failure(folder):

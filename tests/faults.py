@@ -410,7 +410,7 @@ BAD_FOLDERS = {
     "lower case": (renamed("NORMAL", "normal"), "the folders PNEUMONIA and normal"),
     "another word": (renamed("NORMAL", "ZNORMAL"), "the folders PNEUMONIA and ZNORMAL"),
     "misspelled": (renamed("PNEUMONIA", "PNEUMONA"), "the folders NORMAL and PNEUMONA"),
-    "a space": (renamed("PNEUMONIA", "PNEUMONIA "), "the folders NORMAL and 'PNEUMONIA '"),
+    "a space": (renamed("PNEUMONIA", "PNEUMONIA "), "PNEUMONIA : expected only"),
     "a class missing": (partial(remove, "NORMAL", None), "NORMAL: no such folder"),
     "a class that is a file": (partial(remove, "NORMAL", b""), "NORMAL: no such folder"),
     "a class empty": (partial(remove, "NORMAL", "empty"), "an empty folder"),

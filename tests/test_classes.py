@@ -126,7 +126,9 @@ def test_a_wrong_name_among_three_folders_is_named(tree, capsys):
     assert "train/Normal: expected only the folders NORMAL and PNEUMONIA" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("names", [("A", "A"), ("A", "b/c"), ("A", ".."), ("A", ""), ("A", "a\nb")])
+@pytest.mark.parametrize(
+    "names", [("A", "A"), ("A", "b/c"), ("A", ".."), ("A", ""), ("A", "a\nb"), ("A", " b")]
+)
 @pytest.mark.parametrize("script", [split_val, train, evaluate])
 def test_names_that_cannot_be_two_folders_are_refused(script, names, capsys):
     with pytest.raises(SystemExit) as exit_info:
@@ -140,8 +142,9 @@ def test_a_training_in_the_other_order_than_the_split_is_refused(refused, home):
     names = ("--classes", "PNEUMONIA", "NORMAL")
     write_json(home / "data" / "split_val.json", {"moved": {}, "seed": 0, "per_class": 1})
     line = refused(2, "train", *names)
-    assert "was split with --classes NORMAL PNEUMONIA (make: CLASSES='NORMAL PNEUMONIA')" in line
-    assert "split with" in refused(2, "split_val", *names)
+    assert 'was split with --classes NORMAL PNEUMONIA (make: CLASSES="NORMAL PNEUMONIA")' in line
+    for verb in ((), ("--check",)):
+        assert "split with" in refused(2, "split_val", *names, *verb)
 
 
 def test_other_classes_than_those_of_the_model_are_refused(refused, home):
