@@ -1,4 +1,4 @@
-"""The Makefile's targets, and the Python code in README.md."""
+"""The Makefile's targets, and the Python code in docs/files.md."""
 
 import os
 import re
@@ -135,10 +135,12 @@ def test_the_matrix_runs_with_one_python_only_what_differs_from_make_test(matrix
     assert "lowest versions are not tested" in out and "newest versions are not tested" in out
 
 
-def test_the_code_in_the_readme_gives_the_probability_of_predictions_csv(
+def test_the_code_in_the_docs_gives_the_probability_of_predictions_csv(
     data, tmp_path, flags, quick
 ):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "files.md").read_text(), re.DOTALL
+    )
     assert len(code.splitlines()) <= 14
     for split in ("train", "val", "test"):
         keep(data, 3, split)
