@@ -46,5 +46,5 @@ fi
 if [ $count -gt 1 ]; then
     run_tests "Newest versions" "$newest" "$requirements" "$@"
 else
-    echo "Only one Python was found. Its newest versions are tested by make clean test."
+    echo "The newest versions are not tested: only one Python was found, and make test uses it."
 fi
