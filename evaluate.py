@@ -49,6 +49,8 @@ from cxr.predictions import (
 )
 from cxr.proportions import PREVALENCES, PROPORTIONS, predictive_values
 from cxr.scores import (
+    BCA_INTERVAL,
+    T_INTERVAL,
     below_chance,
     check_both_classes,
     count_outcomes,
@@ -319,9 +321,8 @@ def summarise(predictions, origin, other, args):
 
 def list_without_interval(metrics):
     """Returns the scores that have no interval because all bootstrap samples are equal."""
-    never = ("ece", *PROPORTIONS)  # no bootstrap
-    names = [name for name, metric in metrics.items() if metric["low"] is None]
-    return [name for name in names if name not in never]
+    names = [name for name in metrics if name in (*T_INTERVAL, *BCA_INTERVAL)]
+    return [name for name in names if metrics[name]["low"] is None]
 
 
 def count_left_out(predictions, model):

@@ -1,7 +1,8 @@
 """The report of evaluate.py, on the screen and as a web page. Both show summary_rows and sections.
 
 To add a score: add it to SCORES and to score() in cxr/scores.py; for an interval, also to
-measure_scores there. Screen (print_scores) and page (page.html) list all of report["metrics"].
+T_INTERVAL or BCA_INTERVAL there. Screen (print_scores) and page (page.html) list all of
+report["metrics"].
 """
 
 import base64

@@ -23,6 +23,9 @@ SCORES = (
     "brier", "ece",
 )  # fmt: skip
 
+T_INTERVAL = ("auroc", "average_precision")  # scores with a t interval on the logit scale
+BCA_INTERVAL = ("f1", "brier")  # scores with a BCa interval
+
 
 def score(probs, labels, threshold, names=SCORES):
     """Computes scores with torchmetrics. Returns {name: float}.
@@ -77,13 +80,12 @@ def measure_scores(predictions, threshold, seed):
     def scores_of(names, rows):
         return list(score(tensors[0][rows], tensors[1][rows], threshold, names).values())
 
-    names = ("auroc", "average_precision")
-    intervals = logit_t_intervals(labels, patients, partial(scores_of, names), seed)
-    metrics |= dict(zip(names, intervals, strict=True))
+    intervals = logit_t_intervals(labels, patients, partial(scores_of, T_INTERVAL), seed)
+    metrics |= dict(zip(T_INTERVAL, intervals, strict=True))
 
-    names = ("f1", "brier")
-    samples, _ = bootstrap_patients(labels, patients, partial(scores_of, names), seed, "BCa")
-    for name, low, high in zip(names, *samples.confidence_interval, strict=True):
+    scores_of_rows = partial(scores_of, BCA_INTERVAL)
+    samples, _ = bootstrap_patients(labels, patients, scores_of_rows, seed, "BCa")
+    for name, low, high in zip(BCA_INTERVAL, *samples.confidence_interval, strict=True):
         # If all bootstrap samples are equal, there is no interval.
         if math.isfinite(low + high) and low < high:
             metrics[name] |= {"low": float(low), "high": float(high)}
