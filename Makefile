@@ -66,7 +66,7 @@ all: install  ## split, train, evaluate
 demo: install  ## the whole chain on drawn radiographs, in demo/: needs neither data nor weights
 	$(PY) tests/phantoms.py demo/chestxrays $(if $(CLASSES),--classes $(CLASSES))
 	$(MAKE) --no-print-directory all DATA=demo/chestxrays PER_CLASS=15 MODEL=demo/model.pth RESULTS=demo/results WEIGHTS=random
-	@echo; echo "Next: put your own images into data/chestxrays/ (README.md, Your data), then make check, then make all"
+	@echo; echo "Next: put your own images into data/chestxrays/ (see README.md), then make check, then make all"
 test: lint  ## everything that is checked before a change lands
 	$(PY) -m pytest -q -n 2 --dist worksteal $(ARGS)
 matrix:  ## the tests with the oldest Python and lowest versions, and with the newest
