@@ -306,7 +306,11 @@ def summarise(predictions, origin, other, args):
         "counts": count_outcomes(readable, threshold),
         "metrics": metrics,
         "intervals": INTERVALS.format(
-            proportions=", ".join(PROPORTIONS), draws=DRAWS, seed=args.seed
+            proportions=", ".join(PROPORTIONS),
+            t_interval=" and ".join(T_INTERVAL),
+            bca_interval=" and ".join(BCA_INTERVAL),
+            draws=DRAWS,
+            seed=args.seed,
         ),
         "without_spread": list_without_interval(metrics),
         "subgroups": subgroups,
@@ -385,7 +389,7 @@ def score_split(args):
         write_overlays(args.cam, model, views, readable["probability"])
     print_report(report)
     print(f"Wrote report.html, metrics.json, predictions.csv and pictures to {args.results_dir}")
-    print(f"The report to read and to send on: {args.results_dir / 'report.html'}")
+    print(f"The report to read (it shows X-rays and names): {args.results_dir / 'report.html'}")
     for text in report["warnings"]:
         warn(text)
 
