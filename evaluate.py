@@ -2,7 +2,7 @@
 
 Reads model.pth and model.json. Writes report.html, metrics.json, predictions.csv and six pictures
 into results/; the scores have 95 % intervals. For new images it writes new_predictions.csv. With
---from it scores an earlier predictions.csv again, without images.
+--from, it scores an earlier predictions.csv again, without images, and prints only.
 
     python evaluate.py
     python evaluate.py scan.png folder/ --cam maps/
@@ -29,7 +29,7 @@ from cxr.bootstrap import DRAWS, INTERVALS
 from cxr.checkpoint import read_state_dict
 from cxr.cli import Parser, add_flags, add_network_flags, class_name, number, run
 from cxr.compare import compare, match_predictions
-from cxr.errors import Failure, as_typed, warn
+from cxr.errors import UNDO, Failure, as_typed, warn
 from cxr.files import check_writable, hash_file, read_json, versions, write_json
 from cxr.folders import CLASSES, SPLITS, find_other_classes, image_suffixes, in_words, list_images
 from cxr.leaks import leak_warnings, list_training_xrays
@@ -96,8 +96,11 @@ def load_model(path, device_name, arch=None, classes=None):
 
 
 def read_model_info(path, arch, classes):
-    """Reads the model.json beside a checkpoint. Returns (its content, warnings)."""
-    info_file = path.with_suffix(".json")
+    """Reads the model.json beside a checkpoint. Returns (its content, warnings).
+
+    The content always has arch, classes, and the SHA-256 of the checkpoint.
+    """
+    info_file, sha256 = path.with_suffix(".json"), hash_file(path)
     info, warnings = read_json(info_file), []
     classes = choose_classes(classes, info, info_file)
     if info is None:
@@ -109,7 +112,7 @@ def read_model_info(path, arch, classes):
         )
     elif "arch" not in info:
         raise Failure(f"{info_file}: does not describe a model; restore it or delete it")
-    elif info.get("sha256") != hash_file(path):
+    elif info.get("sha256") != sha256:
         # The threshold and the novelty limit of another checkpoint would be wrong.
         info = {key: info[key] for key in ("arch", "window") if key in info}
         warnings.append(
@@ -118,7 +121,7 @@ def read_model_info(path, arch, classes):
         )
     if arch not in (None, info["arch"]):
         raise Failure(f"--arch {arch}: {info_file} says {info['arch']}; leave --arch out")
-    return info | {"classes": classes}, warnings
+    return info | {"classes": classes, "sha256": sha256}, warnings
 
 
 def choose_classes(asked, info, source):
@@ -174,7 +177,7 @@ def describe_model(path, info):
     """Returns what metrics.json says about the model. info: the content of model.json."""
     keys = ("weights", "date", "epoch", "seed", "val_loss", "val_accuracy", "slope", "intercept")
     keys += ("window", "threshold_rule", "at_threshold")
-    result = {"file": str(path), "sha256": hash_file(path), "arch": info["arch"]}
+    result = {"file": str(path), "sha256": info["sha256"], "arch": info["arch"]}
     result |= {key: info.get(key) for key in keys}
     result["images"] = {split: len(images) for split, images in info.get("images", {}).items()}
     return result | {"skipped": info.get("skipped", [])}
@@ -522,10 +525,9 @@ def check_test_exists(args):
         return
     saved = f"{args.checkpoint} is saved. " if args.checkpoint.exists() else ""
     raise Failure(
-        f"{folder}: no such folder, expected images to test on. {saved}Run split_val.py --undo "
-        "(make split ARGS=--undo), move whole patients from train/ to test/, then split and train "
-        "again. To score val/ instead, which is no test result, use --split val (make evaluate "
-        "ARGS='--split val')"
+        f"{folder}: no such folder, expected images to test on. {saved}Run {UNDO}, "
+        "move whole patients from train/ to test/, then split and train again. To score val/ "
+        "instead, which is no test result, use --split val (make evaluate ARGS='--split val')"
     )
 
 

@@ -1,10 +1,9 @@
 """Moves whole patients of each class from train/ to val/, or checks the data.
 
-Reads the images in DIR/train/{NORMAL,PNEUMONIA}/ and DIR/test/; no image may be in both.
-Writes DIR/val/ and DIR/split_val.json, which holds the seed and every file that is moved. A second
-run moves nothing. A run after an interruption completes the split. During a
-run, DIR/split_val.lock makes other runs wait. After a kill it blocks nobody, and the next run
-deletes it.
+Reads the images in DIR/train/{NORMAL,PNEUMONIA}/ and DIR/test/; no image may be in both. Writes
+DIR/val/ and DIR/split_val.json, which holds the seed and every file that is moved. A second run
+moves nothing. A run after an interruption completes the split. While it runs, DIR/split_val.lock
+makes a second run wait. If it is killed, the lock blocks nobody, and the next run deletes the file.
 
     python split_val.py                # a third of the smaller class, at most 50 images per class
     python split_val.py --undo         # moves the images back into train/
@@ -27,7 +26,7 @@ from common import SIZE  # before filelock: it imports cxr, which reports missin
 from filelock import FileLock, Timeout
 
 from cxr.cli import Parser, add_flags, number, run
-from cxr.errors import Failure, as_typed, warn
+from cxr.errors import UNDO, Failure, as_typed, warn
 from cxr.files import check_writable, sync_folder, write_json
 from cxr.folders import (
     SPLIT_FILE,
@@ -254,9 +253,8 @@ def split(args):
             print(f"{data_dir}: already split, {images} in val/ ({seed}); nothing was moved")
             return
         if record is None:
-            write_json(
-                data_dir / SPLIT_FILE, plan
-            )  # before the first move, so a later run can finish it
+            # Written before the first move, so that a later run can finish the split.
+            write_json(data_dir / SPLIT_FILE, plan)
         move(data_dir, moves, classes)
     print(
         f"Moved {counts_in_words(plan['moved'])} images of {plan['patients']} patients from "
@@ -270,8 +268,7 @@ def keep_existing_val(data_dir, val):
     print(f"{data_dir / 'val'} came with the data ({counts} images) and is not changed")
     if min(len(names) for names in val.values()) < FEW_IMAGES:
         what = "with so few images, chance decides when the training stops"
-        undo = "split_val.py --undo (make split ARGS=--undo)"
-        warn(f"{what}. For a larger val/, run {undo}, then split again")
+        warn(f"{what}. For a larger val/, run {UNDO}, then split again")
 
 
 def warn_if_flags_differ(args, record):
@@ -281,8 +278,7 @@ def warn_if_flags_differ(args, record):
     asked = args.per_class or n, args.seed or seed
     if asked != (n, seed):
         existing = f"was split with --per-class {n} --seed {seed}; this split stays"
-        undo = "split_val.py --undo (make split ARGS=--undo)"
-        warn(f"{args.data_dir}: {existing}. For another split, run {undo} first")
+        warn(f"{args.data_dir}: {existing}. For another split, run {UNDO} first")
 
 
 def link_images(data_dir, source, classes):
@@ -374,7 +370,8 @@ def parse_args(argv=None):
     verb.add_argument("--check", action="store_true",
         help="report what is wrong with the data, and move nothing")
     data.add_argument("--per-class", type=number(int, 1), default=none, metavar="N",
-        help="images of each class for val/ (default: a third of the smaller class, at most 50)")
+        help="images of each class for val/ (default: a third of the smaller class, at most "
+             f"{MAX_DEFAULT})")
     data.add_argument("--link-from", type=Path, default=none, metavar="DIR",
         help="fill --data-dir with links to the images in DIR, and split it; DIR is only read")
     output.add_argument("--json", type=Path, default=none, metavar="FILE",

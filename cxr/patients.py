@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from cxr.decode import is_dicom
-from cxr.errors import LIST_ALL, Failure, is_system_error, warn
+from cxr.errors import LIST_ALL, UNDO, Failure, is_system_error, warn
 from cxr.files import hash_file, read_csv
 from cxr.folders import SPLITS, check_split_is_complete, list_images, list_splits
 
@@ -70,8 +70,7 @@ def warn_if_patients_shared(xrays, splits):
     if shared:
         advice = f"split_val.py {LIST_ALL}"
         if "val" in splits:
-            undo = "split_val.py --undo (make split ARGS=--undo)"
-            advice = f"to separate them, run {undo}, then split again"
+            advice = f"to separate them, run {UNDO}, then split again"
         folders = " and ".join(f"{split}/" for split in splits)
         warn(f"{folders} share patients ({len(shared)}, for example {min(shared)}); {advice}")
 
