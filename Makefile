@@ -1,7 +1,7 @@
 # Nothing needs activating: every target makes the environment it needs. GNU Make 3.81 is enough.
 PYTHON ?= python3
 PY := .venv/bin/python
-VARIABLES := DATA CLASSES RUN MODEL RESULTS PER_CLASS LINK_FROM EPOCHS BATCH_SIZE LR PATIENCE VIEWS WINDOW SEED DEVICE ARCH WEIGHTS WORKERS GPUS IMAGES ARGS PYTHON
+VARIABLES := DATA CLASSES RUN MODEL RESULTS PER_CLASS LINK_FROM EPOCHS BATCH_SIZE LR PATIENCE VIEWS WINDOW SEED DEVICE FEATURE_BATCH_SIZE ARCH WEIGHTS WORKERS GPUS IMAGES ARGS PYTHON
 
 # a typo in a variable's name must not be ignored
 given := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$v))
@@ -14,8 +14,8 @@ flag = $(if $($2),--$1 '$(subst ','\'',$($2))')
 data_flags = $(call flag,data-dir,DATA) $(if $(CLASSES),--classes $(CLASSES)) $(call flag,seed,SEED)
 split_flags = $(data_flags) $(call flag,per-class,PER_CLASS) $(call flag,link-from,LINK_FROM)
 run_flags = $(data_flags) $(call flag,checkpoint,MODEL) $(call flag,results-dir,RESULTS) \
-	$(call flag,device,DEVICE) $(call flag,batch-size,BATCH_SIZE) $(call flag,workers,WORKERS)
-train_flags = $(run_flags) $(call flag,epochs,EPOCHS) $(call flag,lr,LR) $(call flag,patience,PATIENCE) \
+	$(call flag,device,DEVICE) $(call flag,feature-batch-size,FEATURE_BATCH_SIZE) $(call flag,workers,WORKERS)
+train_flags = $(run_flags) $(call flag,epochs,EPOCHS) $(call flag,batch-size,BATCH_SIZE) $(call flag,lr,LR) $(call flag,patience,PATIENCE) \
 	$(call flag,views,VIEWS) $(call flag,window,WINDOW) $(call flag,arch,ARCH) $(call flag,weights,WEIGHTS)
 launch = $(if $(GPUS),$(PY) -m torch.distributed.run --standalone --nproc-per-node $(GPUS),$(PY))
 
@@ -31,6 +31,7 @@ help:  ## this page
 #=   EPOCHS LR PATIENCE BATCH_SIZE  training
 #=   VIEWS WINDOW ARCH WEIGHTS      variants and window of an image; network; imagenet, random or a file
 #=   SEED DEVICE WORKERS GPUS       seed; cpu, cuda, mps; decoding processes; GPUS=4 shares the pass
+#=   FEATURE_BATCH_SIZE             views per batch in the frozen network
 #=   IMAGES ARGS PYTHON             for predict; further flags, of train.py in all; makes .venv
 
 # a PYTHON that is given makes .venv anew where it was made by another one

@@ -11,7 +11,6 @@ import hashlib
 import inspect
 import os
 import re
-import signal
 import sys
 import time
 from datetime import timedelta
@@ -27,12 +26,12 @@ import torch.distributed as dist
 import torchvision
 from torch import nn
 from torch.fx.experimental.optimization import fuse
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.models import get_model, get_model_builder, get_model_weights, list_models
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from cxr.cache import Cache
+from cxr.cache import Cache, allocate
 from cxr.checkpoint import strip_prefix
 from cxr.decode import apply_window, decode, explain_unreadable
 from cxr.errors import (
@@ -45,6 +44,8 @@ from cxr.errors import (
     rank_and_world,
     warn,
 )
+from cxr.loader import load_batches
+from cxr.machine import count_cores
 
 # ---------------------------------------------------------------- transforms
 
@@ -124,10 +125,22 @@ def pick_device(name):
         warn(f"{name} cannot be used ({reason}), so the CPU is used")
         name = "cpu"
     device = torch.device(name)
+    torch.set_num_threads(min(torch.get_num_threads(), count_cores()))
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # otherwise float32 is rounded to 10 bits
     print(f"Device: {name}")
     return device, fast_dtype(device)
+
+
+@contextlib.contextmanager
+def one_thread():
+    """Lets torch use one thread of this process."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def check_device_exists(name):
@@ -252,6 +265,8 @@ def prepare_network(network, device, dtype, compiled):
 
 # ---------------------------------------------------------------- features
 
+BATCH_SIZES = {"cuda": 256, "mps": 32, "cpu": 16}  # views: the fastest that were measured
+
 
 class Views(Dataset):
     """The first views of images: item i is (i, uint8 (n_views, 1, SIZE, SIZE), reason).
@@ -261,6 +276,7 @@ class Views(Dataset):
 
     def __init__(self, xrays, n_views, window):
         self.xrays, self.n_views, self.window = xrays, n_views, window
+        self.item_bytes = n_views * SIZE * SIZE
 
     def __len__(self):
         return len(self.xrays)
@@ -284,23 +300,25 @@ class Views(Dataset):
 def extract_features(backbone, xrays, args, *, n_views, window, device, dtype, compiled=False):
     """Computes the features of the first views of each image, or loads them from the cache.
 
-    Returns (features float32 (N, n_views, width) on the CPU, the N readable Xrays, {path: reason}
-    of the unreadable ones). Without --skip-bad, raises Failure if an image is unreadable.
+    Returns (features (N, n_views, width) in `dtype` on the CPU, the N readable Xrays, {path:
+    reason} of the unreadable ones). Without --skip-bad, raises Failure if an image is unreadable.
     """
     rank, world = rank_and_world()
+    batch_size = args.feature_batch_size or BATCH_SIZES[device.type]
     cache = None
     if not args.no_cache:
-        cache = Cache(args.cache_dir, cache_key(backbone, window, dtype, compiled))
+        cache = Cache(args.cache_dir, cache_key(backbone, window, dtype, compiled, batch_size))
     elif world > 1:
         raise Failure("--no-cache: the processes of torchrun need the cache; leave --no-cache out")
-    features = torch.zeros(len(xrays), n_views, backbone.width)
+    features = allocate((len(xrays), n_views, backbone.width), dtype, args.cache_dir)
 
     def compute(rows):
         """Fills features[rows]. Returns {path: reason} of unreadable images."""
         missing = cache.load(features, xrays, rows) if cache else rows
         views = Views([xrays[row] for row in missing], n_views, window)
         unreadable = {}
-        for i, vectors, reason in run_network(backbone, views, args, device, dtype, compiled):
+        options = (batch_size, args.workers, device, dtype, compiled)
+        for i, vectors, reason in run_network(backbone, views, *options):
             xray = views.xrays[i]
             if reason:
                 unreadable[xray.path] = reason
@@ -319,18 +337,20 @@ def extract_features(backbone, xrays, args, *, n_views, window, device, dtype, c
     if not unreadable:
         return features, xrays, unreadable
     kept = [row for row, xray in enumerate(xrays) if xray.path not in unreadable]
-    return features[kept], [xrays[row] for row in kept], unreadable
+    for new_row, row in enumerate(kept):  # without a second copy of all features
+        features[new_row] = features[row]
+    return features[: len(kept)], [xrays[row] for row in kept], unreadable
 
 
-def cache_key(backbone, window, dtype, compiled):
-    """Returns a hash of all that the features depend on, except the image and rounding errors."""
+def cache_key(backbone, window, dtype, compiled, batch_size):
+    """Returns a hash of all that the features depend on, except the image."""
     digest = hashlib.sha256()
     for name, tensor in backbone.network.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.contiguous().reshape(-1).numpy().data)
     transform_input = getattr(backbone.network, "transform_input", False)
     depends_on = [backbone.network, PREPARE, AUGMENT, backbone.normalize, transform_input]
-    depends_on += [window, dtype, compiled]
+    depends_on += [window, dtype, compiled, batch_size]
     depends_on += [inspect.getsource(code) for code in (cxr.decode, load_image, make_view)]
     depends_on += [torchvision.__version__, PIL.__version__, metadata.version("pydicom")]
     digest.update("\n".join(map(str, depends_on)).encode())
@@ -342,40 +362,39 @@ def cache_key(backbone, window, dtype, compiled):
 
 
 @torch.inference_mode()
-def run_network(backbone, views, args, device, dtype, compiled):
-    """Yields (i, features float32 (n_views, width), reason) for each item of `views`.
+def run_network(backbone, views, batch_size, workers, device, dtype, compiled):
+    """Yields (i, features (n_views, width) in `dtype` on the CPU, reason) for each item of `views`.
 
-    reason: why the image could not be read, "" if it could.
+    batch_size: views per batch; workers: of --workers. reason: why the image could not be read, ""
+    if it could. Raises Failure if the device or a worker process fails.
     """
     if len(views) == 0:
         return
-    batch_size = args.batch_size
-    if device.type == "cpu":
-        batch_size = min(batch_size, 16)  # the fastest on the CPUs that were measured
     total = len(views) * views.n_views
     bar, start = show_progress(total), time.perf_counter()
+    # Beside a GPU, this process only handles small tensors. With several threads, those that are
+    # idle would take the cores from the worker processes.
+    threads = contextlib.nullcontext() if device.type == "cpu" else one_thread()
     try:
-        network = prepare_network(backbone.network, device, dtype, compiled)
-        for indexes, pixels, reasons in start_loader(views, batch_size, args.workers, device):
-            vectors = []
-            for batch in pixels.flatten(0, 1).split(batch_size):
-                # All batches have one shape, because the last bits of the features depend on it.
-                padding = batch.new_zeros(batch_size - len(batch), *batch.shape[1:])
-                inputs = torch.cat([batch, padding])
-                inputs = inputs.to(device, non_blocking=device.type == "cuda")
-                inputs = backbone.normalize(inputs).to(dtype, memory_format=torch.channels_last)
-                vectors.append(network(inputs).float().cpu()[: len(batch)])
-            vectors = torch.cat(vectors).unflatten(0, pixels.shape[:2])
-            if not vectors.isfinite().all():
-                message = f"the output of the network is not finite in {dtype}"
-                raise Failure(f"{message}; use --device cpu (make: DEVICE=cpu)", 3)
-            yield from zip(indexes.tolist(), vectors, reasons, strict=True)
-            bar.update(vectors.shape[:2].numel())
+        with threads:
+            network = prepare_network(backbone.network, device, dtype, compiled)
+            images_per_batch = max(1, batch_size // views.n_views)
+            batches = load_batches(views, images_per_batch, workers, device)
+            computed = compute_batches(
+                network, backbone.normalize, batches, batch_size, device, dtype
+            )
+            for indexes, copied, reasons in computed:
+                vectors = copied.wait()
+                if not vectors.isfinite().all():
+                    message = f"the output of the network is not finite in {dtype}"
+                    raise Failure(f"{message}; use --device cpu (make: DEVICE=cpu)", 3)
+                yield from zip(indexes.tolist(), vectors, reasons, strict=True)
+                bar.update(vectors.shape[:2].numel())
     except RuntimeError as error:  # memory, a dead or hung worker, an operator the device lacks
         reason = " ".join(str(error).split())[:200]
         advice = (
-            "use a smaller --batch-size (make: BATCH_SIZE=8), --workers 0 (make: WORKERS=0) or "
-            "--device cpu (make: DEVICE=cpu)"
+            "use a smaller --feature-batch-size (make: FEATURE_BATCH_SIZE=8), --workers 0 (make: "
+            "WORKERS=0) or --device cpu (make: DEVICE=cpu)"
         )
         raise Failure(f"computing features failed ({reason}); {advice}", 4) from error
     finally:
@@ -385,46 +404,40 @@ def run_network(backbone, views, args, device, dtype, compiled):
     progress(f"Features: computed {len(views)} images, {total} views in {seconds:.1f} s, {speed}")
 
 
-def start_loader(views, batch_size, workers, device):
-    """Starts the worker processes. Returns an iterator over batches of images with all views.
+def compute_batches(network, normalize, batches, batch_size, device, dtype):
+    """Yields (indexes, CopyToCpu of the features (n, n_views, width), reasons) for each batch.
 
-    Raises Failure if the processes cannot start.
+    batches: yields (indexes, uint8 (n, n_views, 1, SIZE, SIZE), reasons).
     """
-    n_workers = count_workers(workers, len(views), device)
-    loader = DataLoader(
-        views,
-        batch_size=max(1, batch_size // views.n_views),
-        pin_memory=device.type == "cuda",
-        num_workers=n_workers,
-        worker_init_fn=leave_ctrl_c_to_main,
-        timeout=120 if n_workers else 0,  # seconds after which a hanging worker is an error
-        prefetch_factor=4 if n_workers else None,
-    )
-    try:
-        return iter(loader)
-    except OSError as error:  # no processes, semaphores or memory left
-        message = f"the processes that decode images cannot start ({error})"
-        raise Failure(f"{message}; use --workers 0 (make: WORKERS=0)", 4) from error
+    previous = None  # one batch behind: a GPU computes the next batch while this one is used
+    for indexes, pixels, reasons in batches:
+        vectors = []
+        for views in pixels.flatten(0, 1).split(batch_size):
+            inputs = views.to(device, non_blocking=device.type == "cuda")
+            # All batches have one shape, because the last bits of the features depend on it.
+            padding = inputs.new_zeros(batch_size - len(views), *views.shape[1:])
+            inputs = normalize(torch.cat([inputs, padding]))
+            inputs = inputs.to(dtype, memory_format=torch.channels_last)
+            vectors.append(network(inputs)[: len(views)])
+        vectors = torch.cat(vectors).unflatten(0, pixels.shape[:2])
+        if previous:
+            yield previous
+        previous = indexes, CopyToCpu(vectors), reasons
+    yield previous
 
 
-def count_workers(workers, n_images, device):
-    """Returns the number of worker processes for --workers; -1 means that it is chosen here."""
-    if workers >= 0:
-        return workers
-    cores = os.cpu_count()
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))  # those that this process may use
-    # Few images are decoded sooner than processes start. On two CPU cores, workers slow the
-    # network down: 9.7 ms per view with workers, 8.9 ms without (measured).
-    if n_images < 200 or (device.type == "cpu" and cores <= 2):
-        return 0
-    return min(8, cores)
+class CopyToCpu:
+    """A copy of a tensor to the CPU. With CUDA, it begins without waiting for the GPU."""
 
+    def __init__(self, tensor):
+        self.tensor = tensor.to("cpu", non_blocking=tensor.is_cuda)
+        self.event = torch.cuda.current_stream().record_event() if tensor.is_cuda else None
 
-def leave_ctrl_c_to_main(_):
-    """Makes a worker ignore Ctrl-C, because the main process ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.stderr = open(os.devnull, "w")  # a thread of multiprocessing would print a traceback
+    def wait(self):
+        """Waits until the copy is complete, and returns it."""
+        if self.event:
+            self.event.synchronize()
+        return self.tensor
 
 
 def show_progress(total):

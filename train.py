@@ -9,7 +9,6 @@ and writes cv.json, doubtful_labels.csv and doubtful_labels.png.
     python train.py --folds 5 --repeats 5
 """
 
-import contextlib
 import copy
 import math
 import sys
@@ -30,7 +29,7 @@ from cxr.calibration import calibrate, fit_threshold, threshold_rule
 from cxr.checkpoint import load_weights, save_checkpoint
 from cxr.cli import Parser, add_flags, add_network_flags, number, run
 from cxr.curves import choose_samples, draw_curves, draw_samples, write_history
-from cxr.errors import INTERRUPTED, Failure, as_typed, interrupt_exit_code
+from cxr.errors import INTERRUPTED, Failure, as_typed, interrupt_exit_code, progress
 from cxr.files import check_writable, versions, write_json
 from cxr.folders import SPLIT_FILE, check_split_classes
 from cxr.novelty import describe_features
@@ -43,7 +42,7 @@ from cxr.proportions import accuracy_intervals, format_interval
 class HeadData(NamedTuple):
     """Features and labels to train a head. Label 1 is the positive class."""
 
-    train_features: torch.Tensor  # float32 (N, n_views, width)
+    train_features: torch.Tensor  # (N, n_views, width), float32 or the fast dtype of the device
     train_labels: torch.Tensor  # float32 (N,)
     val_features: torch.Tensor  # float32 (M, width)
     val_labels: torch.Tensor  # float32 (M,)
@@ -60,7 +59,7 @@ class TrainedHead(NamedTuple):
     exit_code: int = 0  # 130 or 143 if Ctrl-C or SIGTERM ended the training
 
 
-def train_head(data, args, seed, log=print):
+def train_head(data, args, seed, log=progress):
     """Trains one output neuron on features. Returns the TrainedHead of the best epoch.
 
     log: called with each line of output. After Ctrl-C or SIGTERM, the best epoch so far counts.
@@ -159,15 +158,19 @@ class Standardize(nn.Module):
     """
 
     def __init__(self, features):
-        """features: float32 (N, n_views, width), of the training images."""
+        """features: float, also of 16 bits (N, n_views, width), of the training images."""
         super().__init__()
-        std, mean = torch.std_mean(features.flatten(0, 1), dim=0, correction=0)
+        columns = features.flatten(0, 1).split(64, dim=1)  # not all at once in float32
+        stds, means = zip(
+            *(torch.std_mean(c.float(), 0, correction=0) for c in columns), strict=True
+        )
+        std = torch.cat(stds)
         smallest = 0.1 * std.square().mean().sqrt().item()
-        self.register_buffer("mean", mean)
+        self.register_buffer("mean", torch.cat(means))
         self.register_buffer("std", std.clamp(min=max(smallest, 1e-12)))
 
     def forward(self, x):
-        return (x - self.mean) / self.std
+        return (x.float() - self.mean) / self.std
 
 
 def fold_standardization(model):
@@ -220,17 +223,6 @@ def mean_head(heads, data):
     return heads[0]._replace(head=mean, val_loss=val_loss, val_accuracy=val_accuracy)
 
 
-@contextlib.contextmanager
-def one_thread():
-    """Lets torch use one thread, so that sums have the same order on every number of cores."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(n_threads)
-
-
 # ---------------------------------------------------------------- images and features
 
 
@@ -252,7 +244,7 @@ def load_inputs(args, *outputs):
 
 
 def load_features(backbone, xrays, args, device, dtype, for_training):
-    """Returns (features float32 (N, n_views, width), readable Xrays, {path: reason} of others).
+    """Returns (features (N, n_views, width), readable Xrays, {path: reason} of others).
 
     for_training: all views, computed in `dtype`; otherwise only view 0, computed in float32.
     Raises Failure if no readable image of a class is left.
@@ -312,7 +304,8 @@ def train(args):
     data = HeadData(train_features, labels_of(train_xrays), val_features, labels_of(val_xrays))
     print_class_weight(data.train_labels, args.classes)
 
-    with one_thread():
+    # With one thread, sums have the same order on every number of cores.
+    with common.one_thread():
         best, heads = train_seeds(data, args)
         print(f"Training complete. Best validation loss: {best.val_loss:.4f}")
         head, fitted = fit_on_val(best.head, data, val_xrays, args)
@@ -417,7 +410,7 @@ def draw_training(args, best, xrays):
 class FoldData(NamedTuple):
     """Features and labels of all images of train/ and val/."""
 
-    views: torch.Tensor  # float32 (N, n_views, width), for training
+    views: torch.Tensor  # (N, n_views, width), for training, as in HeadData
     features: torch.Tensor  # float32 (N, width), for validation and prediction
     labels: torch.Tensor  # float32 (N,)
 
@@ -437,7 +430,8 @@ def cross_validate(args):
     common.end_other_ranks()
     data = FoldData(views, features[:, 0], labels_of(xrays))
 
-    with one_thread():
+    # With one thread, sums have the same order on every number of cores.
+    with common.one_thread():
         probs, fold_scores, epochs = predict_all_folds(data, xrays, args)
         single_split = score_single_split(data, xrays, args)
     metrics = summarise_folds(probs, fold_scores, single_split, data.labels, xrays, args)
@@ -551,6 +545,8 @@ def parse_args(argv=None):
              "more = also random changes of pose and exposure)")
     training.add_argument("--epochs", type=number(int, 1), default=50, metavar="N",
         help="largest number of epochs")
+    training.add_argument("--batch-size", type=number(int, 1, 100_000), default=32, metavar="N",
+        help="images per batch")
     training.add_argument("--lr", type=number(float, 0, 1e9), default=1e-3, metavar="X",
         help="learning rate of Adam in the first epoch")
     training.add_argument("--weight-decay", type=number(float, 0, 1e9), default=0.0, metavar="X",

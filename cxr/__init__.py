@@ -2,15 +2,17 @@
 
 errors       errors that the user can fix, warnings and progress lines
 decode       decodes an image file into a grey picture
+machine      cores, memory and shared memory that this process may use
 novelty      detects images unlike the training images
 proportions  confidence intervals of proportions (accuracy, sensitivity, ...)
 
 files        reads and writes files; each is complete, the old or the new version
 bootstrap    confidence intervals of other scores (AUROC, F1, ...): a bootstrap of patients
+loader       worker processes that decode images
 calibration  Platt scaling and the threshold, fitted on val/; logistic regression
 
 folders      the classes, splits and images of a data folder
-cache        the features on disk
+cache        the features, in memory and on disk
 checkpoint   reads state dicts safely, finds pretrained weights, writes model.pth
 
 cli          the command line flags that all scripts share, and exit codes

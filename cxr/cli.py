@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import os
 import signal
+import stat
 import sys
 import traceback
 from pathlib import Path
@@ -73,9 +74,8 @@ FLAGS = {
         help="folder for the report, tables and pictures"),
     "--device": dict(default="auto", metavar="NAME",
         help="auto (CUDA if there is a GPU, then MPS, then CPU), cpu, cuda, cuda:N or mps"),
-    "--batch-size": dict(type=number(int, 1, 100_000), default=32, metavar="N",
-        help="views per batch in the frozen network (on the CPU at most 16); in the training, "
-             "images per batch"),
+    "--feature-batch-size": dict(type=number(int, 0, 100_000), default=0, metavar="N",
+        help="views per batch in the frozen network (0 = 256 on CUDA, 32 on MPS, 16 on the CPU)"),
     "--workers": dict(type=number(int, -1, 1000), default=-1, metavar="N",
         help="processes that decode images (0 = decode in the main process, -1 = chosen from the "
              "number of images and of cores)"),
@@ -102,7 +102,7 @@ def add_network_flags(data, output, machine):
     """Adds the shared flags of the scripts that use the network: all except --seed."""
     add_flags(data, "--data-dir", "--skip-bad")
     add_flags(output, "--checkpoint", "--results-dir", "--cache-dir", "--no-cache")
-    add_flags(machine, "--device", "--batch-size", "--workers", "--debug")
+    add_flags(machine, "--device", "--feature-batch-size", "--workers", "--debug")
 
 
 def run(command, args, script):
@@ -115,9 +115,7 @@ def run(command, args, script):
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # the streams of a notebook have no reconfigure
             stream.reconfigure(errors="backslashreplace")  # for file names that are not UTF-8
-    previous_handler = None
-    with contextlib.suppress(ValueError):  # only the main thread may set a signal handler
-        previous_handler = signal.signal(signal.SIGTERM, on_sigterm)
+    previous_handlers = handle_signals()
     try:
         command(args)
         sys.stdout.flush()
@@ -130,8 +128,27 @@ def run(command, args, script):
         print(f"{script}: {one_line}", file=sys.stderr, flush=True)
         return status
     finally:
-        if previous_handler is not None:
-            signal.signal(signal.SIGTERM, previous_handler)
+        for number, handler in previous_handlers.items():
+            signal.signal(number, handler)
+
+
+def handle_signals():
+    """Handles SIGTERM, and SIGHUP unless it is ignored (nohup). Returns the previous handlers."""
+    handlers = {signal.SIGTERM: on_sigterm}
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        handlers[signal.SIGHUP] = on_sighup
+    with contextlib.suppress(ValueError):  # only the main thread may set a signal handler
+        return {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    return {}
+
+
+def on_sighup(*_):
+    """Ends the run like SIGTERM. This is the signal handler for SIGHUP, a lost connection."""
+    # The terminal is gone, so that each further line would be an error.
+    for stream in (sys.stdout, sys.stderr):
+        if stat.S_ISCHR(os.fstat(stream.fileno()).st_mode):  # isatty() is False by now
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    on_sigterm()
 
 
 def on_sigterm(*_):
@@ -149,10 +166,10 @@ def describe_error(error, args):
     if isinstance(error, KeyboardInterrupt):
         return interrupt_exit_code(error), str(error) or errors.INTERRUPTED
     if isinstance(error, MemoryError):
-        if "batch_size" not in args:
+        if "feature_batch_size" not in args:
             return 4, "the memory is full"
-        advice = "a smaller --batch-size (make: BATCH_SIZE=8) or --workers 0 (make: WORKERS=0)"
-        return 4, f"the memory is full; use {advice}"
+        smaller = "a smaller --feature-batch-size (make: FEATURE_BATCH_SIZE=8)"
+        return 4, f"the memory is full; use {smaller} or --workers 0 (make: WORKERS=0)"
     if isinstance(error, BrokenPipeError):
         # Python would fail again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -64,8 +64,8 @@ def either(words):
 
 def progress(message):
     """Prints a line at once."""
-    # After `| head`, stdout is closed; a progress line must not end the work.
-    with contextlib.suppress(BrokenPipeError):
+    # After `| head`, or when the terminal was closed: a progress line must not end the work.
+    with contextlib.suppress(OSError):
         print(message, flush=True)
 
 

@@ -193,6 +193,17 @@ def slow_down():
     common.NORMALIZE = slow
 
 
+def use_terminal(name):
+    """Prints to a terminal, which becomes the controlling terminal of this process."""
+    os.open(name, os.O_RDWR)
+    sys.stdout, sys.stderr = (open(name, "w", buffering=1) for _ in range(2))
+
+
+def ignore_hangup():
+    """Does what nohup does."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
 def wait_for(text, log, seconds=60):
     deadline = time.time() + seconds
     while not (log.exists() and text in log.read_text()):

@@ -1,15 +1,17 @@
 """cxr/cache.py: features on disk are those that would be computed."""
 
+import errno
 import shutil
 
 import faults
 import pytest
 import torch
-from faults import damage, picture
+from faults import damage, listing, picture
 from helpers import computed, extract, home_flags
 from torchvision import transforms
 
 import common
+import cxr.cache
 import train
 from cxr.files import hash_file
 from cxr.patients import Xray
@@ -118,3 +120,33 @@ def test_an_image_that_changes_during_the_run_is_not_cached(refused, home, monke
     others = {hash_file(other) for other in home.glob("data/train/*/*") if other != path}
     cached = {file.stem for file in (home / "cache").glob("*/*")}
     assert cached == others and sha256 not in cached
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_cache_that_may_only_be_read_is_read_and_one_line_says_that_nothing_is_stored(
+    backbone, images, tmp_path, capsys, monkeypatch, number
+):
+    expected, *_ = extract(backbone, images, 2)
+    extract(backbone, images[:8], 2, tmp_path)
+    before = listing(tmp_path)
+    capsys.readouterr()
+
+    def deny(path, **_):
+        raise OSError(number, "not allowed", str(path))
+
+    monkeypatch.setattr(cxr.cache, "atomic_write", deny)
+    features, *_ = extract(backbone, images, 2, tmp_path)
+    out, error = capsys.readouterr()
+    assert torch.equal(features, expected) and listing(tmp_path) == before
+    assert "8 of 12 images are in the cache" in out
+    (line,) = error.splitlines()
+    assert f"{tmp_path}: cannot be written" in line and "new features are not stored" in line
+
+
+def test_another_batch_size_of_the_training_reads_the_cache(run_train, capsys):
+    assert run_train() == 0
+    capsys.readouterr()
+    assert run_train("--batch-size", 7) == 0
+    assert computed(capsys) == 0
+    assert run_train("--feature-batch-size", 7) == 0
+    assert computed(capsys) == 64

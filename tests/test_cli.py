@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from signal import SIGINT, SIGKILL, SIGTERM
+from signal import SIGHUP, SIGINT, SIGKILL, SIGTERM
 
 import faults
 import pytest
@@ -105,7 +105,7 @@ def test_a_full_memory_names_the_flag_that_helps(script, error, refused, home, m
 
     monkeypatch.setattr(type(common.get_model("tinynet")), "forward", forward)
     before = listing(home)
-    assert "--batch-size" in refused(4, script, "--no-cache")
+    assert "--feature-batch-size" in refused(4, script, "--no-cache")
     assert listing(home) == before
 
 
@@ -114,7 +114,7 @@ def send_signal(start, home, tmp_path, fuzz):
     """send_signal(number, script, moment): (exit code, lines "interrupted") of its processes."""
 
     def call(number, script, moment):
-        flags = ["--no-cache", "--workers", 2, "--batch-size", 1]
+        flags = ["--no-cache", "--workers", 2, "--feature-batch-size", 1]
         flags += ["--epochs", 10**6, "--patience", 0] if script == "train" else []
         log = tmp_path / "log"
         log.unlink(missing_ok=True)
@@ -131,7 +131,8 @@ def send_signal(start, home, tmp_path, fuzz):
     return call
 
 
-SIGNALS = SIGINT, SIGTERM
+SIGNALS = SIGINT, SIGTERM, SIGHUP
+CODES = {SIGKILL: -9, SIGINT: 130, SIGTERM: 143, SIGHUP: 143}
 STOPS = [(name, "in the pass", n) for name in ("train", "evaluate") for n in (*SIGNALS, SIGKILL)]
 
 
@@ -141,8 +142,7 @@ def test_a_signal_is_one_line_and_changes_no_file(script, moment, number, fuzz, 
     before = listing(home)
     for _ in range(fuzz.count(1, 5)):
         status, lines = send_signal(number, script, moment)
-        expected = (-9, 0) if number == SIGKILL else (128 + number, 1)
-        assert (status, len(lines)) == expected, lines
+        assert (status, len(lines)) == (CODES[number], number != SIGKILL), lines
         assert listing(home) == before
 
 
@@ -151,9 +151,37 @@ def test_a_signal_is_one_line_and_changes_no_file(script, moment, number, fuzz, 
 def test_a_signal_during_the_epochs_saves_the_best_one(number, fuzz, send_signal, home):
     for _ in range(fuzz.count(1, 5)):
         status, (line,) = send_signal(number, "train", "Epoch [20/")
-        assert status == 128 + number
+        assert status == CODES[number]
         assert "; saved epoch " in line and f"{home / 'model.pth'}" in line
         model = read_about(home)
         assert model["sha256"] == hash_file(home / "model.pth")
         losses = [float(row["val_loss"]) for row in read_rows(home / "results" / "history.csv")]
         assert model["val_loss"] in (min(losses), min(losses[:-1]))  # the last one was interrupted
+
+
+@linux
+def test_a_closed_terminal_ends_a_training_and_the_best_epoch_is_saved(start, home, tmp_path):
+    terminal, screen = os.openpty()
+    process = start(
+        "train", ["--epochs", 10**6, "--patience", 0], faults.use_terminal, os.ttyname(screen)
+    )
+    shown = b""
+    with faults.within(60):
+        while b"Epoch [20/" not in shown:
+            shown += os.read(terminal, 1000)
+    model = (home / "model.pth").read_bytes()
+    os.close(terminal)
+    os.close(screen)
+    process.join(20)
+    assert process.exitcode == 143
+    assert (home / "model.pth").read_bytes() != model
+    assert read_about(home)["sha256"] == hash_file(home / "model.pth")
+
+
+@linux
+def test_under_nohup_a_training_goes_on_after_a_lost_connection(start, tmp_path):
+    process = start("train", ["--epochs", 50, "--patience", 0], faults.ignore_hangup)
+    faults.wait_for("Epoch [20/", tmp_path / "log")
+    os.kill(process.pid, SIGHUP)
+    process.join(30)
+    assert process.exitcode == 0 and "Epoch [50/50]" in (tmp_path / "log").read_text()

@@ -119,7 +119,16 @@ def test_the_loop_on_features_is_the_usual_loop_through_the_whole_network(split_
     )
     labels = torch.tensor([float(xray.label) for xray in xrays])
     backbone = common.build_backbone("tinynet")
-    args = settings(no_cache=True, skip_bad=False, batch_size=6, workers=0, epochs=3, patience=0)
+    args = settings(
+        no_cache=True,
+        cache_dir=None,
+        skip_bad=False,
+        batch_size=6,
+        feature_batch_size=6,
+        workers=0,
+        epochs=3,
+        patience=0,
+    )
     options = {"device": torch.device("cpu"), "dtype": torch.float32}
     features, *_ = common.extract_features(backbone, xrays, args, n_views=3, window=2.0, **options)
     data = HeadData(features[:16], labels[:16], features[16:, 0], labels[16:])
@@ -198,7 +207,7 @@ def test_a_head_has_the_same_bits_on_any_number_of_threads():
     data, weights = learnable_data(200, width=512), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        with train.one_thread():
+        with common.one_thread():
             weights.append(train_silently(data, epochs=3).head.weight)
         assert torch.get_num_threads() == threads
     assert torch.equal(*weights)
