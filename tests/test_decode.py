@@ -4,6 +4,7 @@ import struct
 
 import faults
 import numpy as np
+import pydicom
 import pytest
 from faults import damage, listing, picture, put, within
 from helpers import LEVELS, grey, write_dicom
@@ -223,6 +224,74 @@ def test_dicom_of_any_name_gives_the_picture_of_the_same_png(name, window, dicom
     path = dicom(pixels, name="dicom.png", **tags)
     difference = np.abs(load(path, window) - load(tmp_path / reference, window))
     assert difference.max() <= (1 if reference == "12.png" else 0)
+
+
+def windowed(levels, center, width, low, high):
+    """Returns the grey levels of a VOI window, as DICOM PS3.3 C.11.2.1.2.1 defines it."""
+    scaled = ((levels - (center - 0.5)) / (width - 1) + 0.5) * (high - low) + low
+    scaled[levels <= center - 0.5 - (width - 1) / 2] = low
+    scaled[levels > center - 0.5 + (width - 1) / 2] = high
+    return scaled
+
+
+def voi_lut(first, bits, table):
+    """Returns a VOI LUT Sequence that maps `first`, first + 1, ... to the numbers of a table."""
+    item = pydicom.Dataset()
+    item.add_new("LUTDescriptor", "SS", [len(table), first, bits])
+    item.add_new("LUTData", "US", list(table))
+    return pydicom.Sequence([item])
+
+
+def noise(low, high, dtype):
+    """Returns noise of `dtype` between two values; both occur, and many values between do not."""
+    pixels = np.random.default_rng(0).integers(low, high, (90, 80), dtype, endpoint=True)
+    pixels[0, :2] = low, high
+    return pixels
+
+
+CURVE = [level * level // 255 for level in range(256)]
+NOISE12, NOISE8 = noise(100, 4000, np.uint16), noise(0, 250, np.uint8)
+SIGNED, WIDE = noise(-(2**15), 2**15 - 1, np.int16), noise(0, 2**31, np.uint32)
+DEEP = {"BitsStored": 16, "HighBit": 15}
+SLOPE = {"RescaleSlope": "0.3", "RescaleIntercept": "-7.7"}
+PADDED = np.where(NOISE12 < 2000, 4095, NOISE12)
+# name: (stored values, tags, the grey levels that they mean, computed for each pixel)
+GREY_LEVELS = {
+    "12 bits": (NOISE12, {}, NOISE12),
+    "MONOCHROME1": (NOISE12, NEGATIVE, 4095 - NOISE12.astype(float)),
+    "8 bits and MONOCHROME1": (NOISE8, NEGATIVE, 255 - NOISE8.astype(float)),
+    "slope": (NOISE12, SLOPE, NOISE12 * 0.3 - 7.7),
+    "signed, all 16 bits, slope": (SIGNED, DEEP | SLOPE, SIGNED * 0.3 - 7.7),
+    "window": (
+        NOISE12,
+        {"WindowCenter": 2000, "WindowWidth": 1001},
+        windowed(NOISE12.astype(float), 2000, 1001, 0, 4095),
+    ),
+    "window and slope": (
+        NOISE12,
+        SLOPE | {"WindowCenter": 500, "WindowWidth": 400},
+        windowed(NOISE12 * 0.3 - 7.7, 500, 400, -7.7, 4095 * 0.3 - 7.7),
+    ),
+    "VOI LUT": (NOISE8, {"VOILUTSequence": voi_lut(0, 8, CURVE)}, np.array(CURVE)[NOISE8]),
+    "padding": (PADDED, {"PixelPaddingValue": 4095}, np.where(PADDED == 4095, 2000, PADDED)),
+    "32 bits": (WIDE, {"BitsStored": 32, "HighBit": 31}, WIDE),
+}
+
+
+@pytest.mark.parametrize("name", GREY_LEVELS)
+def test_each_pixel_of_a_dicom_file_has_the_grey_level_that_its_value_means(name, dicom):
+    stored, tags, expected = GREY_LEVELS[name]
+    grey_levels = np.asarray(decode(dicom(stored, **tags), 224).grey)
+    assert (grey_levels == expected.astype(grey_levels.dtype)).all()
+    assert grey_levels.dtype == (np.uint8 if stored.itemsize == 1 else np.float32)
+
+
+def test_a_window_is_not_applied_to_few_pixels_even_if_they_have_most_of_the_values(dicom):
+    stored = np.full(7200, 10, np.uint16)
+    stored[:3000] = 1500
+    stored[3000:3200] = np.arange(1000, 1200)  # 3 % of the pixels, 200 of the 202 values
+    path = dicom(stored.reshape(90, 80), WindowCenter=1100, WindowWidth=300)
+    assert (np.asarray(decode(path, 224).grey) == stored.reshape(90, 80)).all()
 
 
 def test_the_window_of_dicom_is_applied_unless_it_is_outside_the_pixels(dicom):
