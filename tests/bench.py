@@ -18,14 +18,18 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import torch
 from phantoms import draw_folder, draw_phantom
 from PIL import Image
+from pydicom.pixels import apply_rescale, apply_voi_lut
 from torch import nn
 from torchvision.models import resnet50
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from helpers import write_dicom  # noqa: E402
+
 import common  # noqa: E402
 import cxr.decode  # noqa: E402
 import cxr.patients  # noqa: E402
@@ -178,27 +182,48 @@ def bench_pass(folder):
     report("(d)", "forward only", only, "the whole pass", whole, "ms/view", only / whole)
 
 
+def draw_films(folder):
+    """Writes a film in each usual format, as large as real ones. Returns {name: path}."""
+    rng = np.random.default_rng(0)
+    phantom = draw_phantom(rng, False, 500)
+    jpeg, png8 = folder / "a.jpeg", folder / "8.png"
+    phantom.resize((2000, 1600), Image.Resampling.BICUBIC).save(jpeg, quality=90)
+    phantom.resize((1024, 1024), Image.Resampling.BICUBIC).save(png8)
+    large = np.asarray(phantom.resize((3000, 2500), Image.Resampling.BICUBIC))
+    noise = rng.normal(0, 12, large.shape)  # without noise, the PNG would be too small
+    levels = (large * 15 + noise).clip(0, 4095).astype(np.uint16)
+    Image.fromarray(levels).save(folder / "16.png")
+    window = {"WindowCenter": 2048, "WindowWidth": 3000}
+    window |= {"RescaleSlope": 1, "RescaleIntercept": 0}
+    window |= {"PhotometricInterpretation": "MONOCHROME1"}  # white is 0
+    dicom = write_dicom(folder / "a.dcm", 4095 - levels, **window)
+    return {
+        "JPEG 2000x1600": jpeg,
+        "PNG 1024x1024": png8,
+        "PNG of 16 bits 3000x2500": folder / "16.png",
+        "DICOM 3000x2500": dicom,
+    }
+
+
+def load_without_shortcut(path):
+    """Loads a film as load_image does, but decodes the whole of it, and computes every pixel."""
+    if path.suffix == ".dcm":
+        file = pydicom.dcmread(path)
+        levels = apply_voi_lut(apply_rescale(file.pixel_array, file), file)
+        picture = Image.fromarray(np.float32(4095 - levels))
+    else:
+        picture = Image.open(path)
+        picture = picture.convert("L" if picture.mode == "L" else "F")
+    return cxr.decode.apply_window(common.PREPARE(picture), WINDOW)
+
+
 def bench_decoding(folder):
-    """(e): 1500x1200 JPEGs from file to view, decoded whole and at the scale that suffices."""
-    for mode, quality in (("L", 75), ("L", 90), ("RGB", 90)):
-        paths = [folder / f"{i}.jpeg" for i in range(12)]
-        for i, path in enumerate(paths):  # enlarged: files as big as real ones
-            phantom = draw_phantom(np.random.default_rng(i), bool(i % 2), 500)
-            large = phantom.resize((1500, 1200), Image.Resampling.BICUBIC)
-            large.convert(mode).save(path, quality=quality)
-
-        def decode_whole(paths=paths):
-            for path in paths:
-                cxr.decode.apply_window(common.PREPARE(Image.open(path).convert("L")), WINDOW)
-
-        def decode(paths=paths):
-            for path in paths:
-                common.load_image(path, WINDOW)
-
-        whole, small = (seconds(each, 5) / len(paths) * 1e3 for each in (decode_whole, decode))
-        kilobytes = sum(path.stat().st_size for path in paths) / len(paths) / 1e3
-        name, ours = f"{mode} JPEG, {kilobytes:.0f} kB, whole", "at the scale that suffices"
-        report("(e)", name, whole, ours, small, "ms/image", whole / small)
+    """(e): films of real sizes, from the file to the picture that the network sees."""
+    for name, path in draw_films(folder).items():
+        plain = seconds(lambda path=path: load_without_shortcut(path), 5) * 1e3
+        ours = seconds(lambda path=path: common.load_image(path, WINDOW), 5) * 1e3
+        how = f"load_image, {path.stat().st_size / 1e6:.1f} MB"
+        report("(e)", f"{name}, plainly", plain, how, ours, "ms/image", plain / ours)
 
 
 def bench_growth(folder):
