@@ -181,7 +181,9 @@ def grey_levels(values, counts, file):
     values, counts: see count_values. White is the highest grey level.
     """
     levels = apply_dicom_window(values, counts, file)
-    if file.PhotometricInterpretation == "MONOCHROME1":  # white is 0
+    # MONOCHROME1: white is 0. DICOM requires INVERSE with it: both together invert only once.
+    is_negative = file.PhotometricInterpretation == "MONOCHROME1"
+    if is_negative or file.get("PresentationLUTShape") == "INVERSE":
         levels = 2**file.BitsStored - 1 - levels.astype(np.float64)
     levels = blacken_padding(levels, values, file)
     if file.BitsStored <= 8 and levels.min() >= 0 and levels.max() <= 255:
@@ -190,18 +192,35 @@ def grey_levels(values, counts, file):
 
 
 def apply_dicom_window(values, counts, file):
-    """Applies rescale slope and intercept and the VOI window, unless the result makes no sense."""
-    from pydicom.pixels import apply_rescale, apply_voi_lut
+    """Applies the modality LUT or rescale values, then the VOI LUT or window.
 
+    A step is left out if the header contradicts itself or if the result makes no sense.
+    """
+    from pydicom.pixels import apply_modality_lut, apply_voi_lut
+
+    correct_lookup_tables(file)
     levels = values
     with contextlib.suppress(Exception):  # the header contradicts itself
-        levels = apply_rescale(values, file)
+        levels = apply_modality_lut(values, file)
         windowed = apply_voi_lut(levels, file)
         is_between = (windowed > windowed.min()) & (windowed < windowed.max())
         # If nearly all pixels lie outside the window, the picture would be black or white.
         if counts[is_between].sum() / counts.sum() > 0.1:
             levels = windowed
     return levels
+
+
+def correct_lookup_tables(file):
+    """Declares 16 bits for lookup tables that pydicom 3.0 would ignore, or apply modulo 256.
+
+    It ignores modality LUTs of 9 to 15 bits, and a VOI LUT of 8 bits with more than 256 entries
+    would give a wrong picture. The numbers in the tables stay the same.
+    """
+    for name in ("ModalityLUTSequence", "VOILUTSequence"):
+        for item in file.get(name) or []:
+            with contextlib.suppress(Exception):  # the header is not complete
+                if item.LUTDescriptor[2] > 8 or name == "VOILUTSequence":
+                    item.LUTDescriptor[2] = 16
 
 
 def blacken_padding(levels, values, file):

@@ -234,8 +234,8 @@ def windowed(levels, center, width, low, high):
     return scaled
 
 
-def voi_lut(first, bits, table):
-    """Returns a VOI LUT Sequence that maps `first`, first + 1, ... to the numbers of a table."""
+def lut(first, bits, table):
+    """Returns a LUT Sequence that maps `first`, first + 1, ... to the numbers of a table."""
     item = pydicom.Dataset()
     item.add_new("LUTDescriptor", "SS", [len(table), first, bits])
     item.add_new("LUTData", "US", list(table))
@@ -272,7 +272,7 @@ GREY_LEVELS = {
         SLOPE | {"WindowCenter": 500, "WindowWidth": 400},
         windowed(NOISE12 * 0.3 - 7.7, 500, 400, -7.7, 4095 * 0.3 - 7.7),
     ),
-    "VOI LUT": (NOISE8, {"VOILUTSequence": voi_lut(0, 8, CURVE)}, np.array(CURVE)[NOISE8]),
+    "VOI LUT": (NOISE8, {"VOILUTSequence": lut(0, 8, CURVE)}, np.array(CURVE)[NOISE8]),
     "padding": (PADDED, {"PixelPaddingValue": 4095}, np.where(PADDED == 4095, 2000, PADDED)),
     "32 bits": (WIDE, {"BitsStored": 32, "HighBit": 31}, WIDE),
 }
@@ -292,6 +292,36 @@ def test_a_window_is_not_applied_to_few_pixels_even_if_they_have_most_of_the_val
     stored[3000:3200] = np.arange(1000, 1200)  # 3 % of the pixels, 200 of the 202 values
     path = dicom(stored.reshape(90, 80), WindowCenter=1100, WindowWidth=300)
     assert (np.asarray(decode(path, 224).grey) == stored.reshape(90, 80)).all()
+
+
+@pytest.mark.parametrize("bits", [8, 12, 16])
+@pytest.mark.parametrize("name", ["ModalityLUTSequence", "VOILUTSequence"])
+def test_a_lookup_table_that_inverts_is_applied(name, bits, dicom):
+    table = [(4095 - value) * 2**bits // 4096 for value in range(4096)]
+    grey_levels = np.asarray(decode(dicom(NOISE12, **{name: lut(0, bits, table)}), 224).grey)
+    assert (grey_levels == np.array(table)[NOISE12]).all()
+
+
+INVERTING = {"ModalityLUTSequence": lut(0, 16, range(4095, -1, -1))}
+INVERSE, IDENTITY = {"PresentationLUTShape": "INVERSE"}, {"PresentationLUTShape": "IDENTITY"}
+# name: (tags, whether the stored values are inverted)
+INVERSIONS = {
+    "MONOCHROME2": ({}, False),
+    "MONOCHROME2, IDENTITY": (IDENTITY, False),
+    "MONOCHROME2, INVERSE": (INVERSE, True),
+    "MONOCHROME1": (NEGATIVE, True),
+    "MONOCHROME1, INVERSE": (NEGATIVE | INVERSE, True),
+    "MONOCHROME2, a table that inverts": (INVERTING, True),
+    "MONOCHROME2, a table that inverts, INVERSE": (INVERTING | INVERSE, False),
+    "MONOCHROME1, a table that inverts": (INVERTING | NEGATIVE, False),
+}
+
+
+@pytest.mark.parametrize("name", INVERSIONS)
+def test_a_dicom_file_is_inverted_exactly_as_often_as_its_header_says(name, dicom):
+    tags, is_inverted = INVERSIONS[name]
+    expected = 4095 - NOISE12 if is_inverted else NOISE12
+    assert (np.asarray(decode(dicom(NOISE12, **tags), 224).grey) == expected).all()
 
 
 def test_the_window_of_dicom_is_applied_unless_it_is_outside_the_pixels(dicom):
