@@ -12,7 +12,8 @@ import PIL.Image
 from PIL import ImageMode, ImageOps
 
 FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # for others, Pillow may start programs
-MODALITIES = ("CR", "DX", "RG")  # radiographs in DICOM
+CAPTURES = ("OT", "SC")  # modalities of DICOM: pictures of a film or screen
+MODALITIES = ("CR", "DX", "RG", *CAPTURES)  # that can be radiographs
 MAX_PIXELS = 50_000_000  # radiographs have up to 20 million; a decompression bomb has more
 
 EXIF_ORIENTATION, TIFF_BITS, TIFF_PHOTOMETRIC = 274, 258, 262  # numbers of metadata tags
@@ -55,7 +56,8 @@ def decode(source, size):
 
 def is_dicom(content):
     """Returns True if bytes (at least the first 132) are the beginning of a DICOM file."""
-    return content[128:132] == b"DICM"
+    # Some programs leave out these 132 bytes. Then an element of group 0002 or 0008 comes first.
+    return content[128:132] == b"DICM" or bool(re.match(rb"[\2\x08]\0.\0", content, re.DOTALL))
 
 
 def check_shape(width, height):
@@ -122,7 +124,11 @@ def decode_dicom(content):
     """Decodes a DICOM file. Source: DICOM PS3.3, C.7.6.3 and C.11."""
     import pydicom
 
-    file = pydicom.dcmread(io.BytesIO(content))
+    file = pydicom.dcmread(io.BytesIO(content), force=True)  # also without DICM at byte 128
+    if "TransferSyntaxUID" not in file.file_meta:  # a compressed file always has it
+        is_implicit = file.original_encoding[0]
+        uids = pydicom.uid.ExplicitVRLittleEndian, pydicom.uid.ImplicitVRLittleEndian
+        file.file_meta.TransferSyntaxUID = uids[is_implicit]
     check_dicom(file)
     # A grey level depends only on the stored value. So it is computed once for each value, and
     # every pixel looks it up: this takes a third of the time for a film of 3000x2500 pixels.
@@ -140,7 +146,7 @@ def check_dicom(file):
 
     modality = file.get("Modality") or "CR"
     if modality.upper() not in MODALITIES:
-        raise ValueError(f"DICOM of modality {modality}, expected {', '.join(MODALITIES)}")
+        raise ValueError(f"DICOM of modality {modality:.16}, expected {', '.join(MODALITIES)}")
     if "PixelData" not in file:
         raise ValueError("DICOM without a picture")
     n_pictures = int(file.get("NumberOfFrames") or 1)

@@ -127,19 +127,25 @@ def parse_name(name):
 
 def patient_from_dicom(path):
     """Returns a hash of a DICOM file's PatientID, or None. No output may contain the ID itself."""
+    patient = read_tags(path, "PatientID").get("PatientID", "")
+    return f"ID-{hashlib.sha256(patient.encode()).hexdigest()[:12]}" if patient else None
+
+
+def read_tags(path, *names):
+    """Returns {name: text} of those tags that a DICOM file has; {} for any other file."""
     try:
         with open(path, "rb") as file:
             if not is_dicom(file.read(132)):
-                return None
+                return {}
         import pydicom
 
-        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"])
-        patient = str(header.get("PatientID") or "").strip()
+        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=names, force=True)
+        values = {name: str(header.get(name) or "").strip() for name in names}
     except Exception as error:  # a damaged file; decoding it will report that
         if is_system_error(error):
             raise
-        return None
-    return f"ID-{hashlib.sha256(patient.encode()).hexdigest()[:12]}" if patient else None
+        return {}
+    return {name: value for name, value in values.items() if value}
 
 
 def read_metadata(data_dir, classes):

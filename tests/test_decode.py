@@ -18,7 +18,7 @@ from pydicom.uid import JPEGBaseline8Bit, JPEGLosslessSV1
 import common
 from cxr.decode import apply_window, decode
 from cxr.files import hash_file
-from cxr.patients import Xray
+from cxr.patients import Xray, identify
 
 
 @pytest.fixture
@@ -342,15 +342,45 @@ def test_the_padding_of_dicom_is_black_and_does_not_change_the_picture(dicom):
     assert (load(dicom(padded, PixelPaddingValue=4095), 2)[:50] == 0).all()
 
 
-def test_a_dicom_file_without_its_preamble_is_explained(dicom):
-    path = dicom(LEVELS)
-    path.write_bytes(path.read_bytes()[128 + 4 :])
-    assert "DICM at byte 128" in read_view(path)[1]
+def strip_beginning(path, vr):
+    """Writes a DICOM file again without its first 132 bytes, or also without its file metadata.
+
+    vr: of the file without its metadata, "explicit" or "implicit"; None keeps the metadata.
+    """
+    if vr is None:
+        path.write_bytes(path.read_bytes()[128 + 4 :])
+        return
+    file = pydicom.dcmread(path)
+    file.preamble, file.file_meta = None, pydicom.dataset.FileMetaDataset()
+    file.save_as(path, implicit_vr=vr == "implicit", little_endian=True)
+
+
+@pytest.mark.parametrize("vr", [None, "explicit", "implicit"])
+def test_a_dicom_file_without_its_beginning_is_read_and_its_patient_known(vr, dicom):
+    path = dicom(NOISE12, PatientID="P-1", VOILUTSequence=lut(0, 12, range(4095, -1, -1)))
+    patient = identify(path, 0, "train", {}).patient
+    strip_beginning(path, vr)
+    assert (np.asarray(decode(path, 224).grey) == 4095 - NOISE12).all()
+    assert patient and identify(path, 0, "train", {}).patient == patient
+
+
+def test_a_dcm_file_that_is_not_dicom_is_explained(tmp_path):
+    put(tmp_path / "a.dcm", b"Patient: P-1" * 100)
+    assert "DICM at byte 128" in read_view(tmp_path / "a.dcm")[1]
+    put(tmp_path / "b.dcm", b"\x08\x00\x05\x00" + bytes(1000))
+    assert read_view(tmp_path / "b.dcm")[1]
+
+
+@pytest.mark.parametrize("modality", ["OT", "SC", "ot", ""])
+def test_a_grey_capture_of_a_film_is_read(modality, dicom):
+    grey_levels = np.asarray(decode(dicom(NOISE12, Modality=modality), 224).grey)
+    assert (grey_levels == NOISE12).all()
 
 
 PACKAGES = "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
 REFUSED = {
-    "modality CT": {"Modality": "CT"},
+    "modality CT, expected CR, DX, RG, OT, SC": {"Modality": "CT"},
+    "in PALETTE COLOR": {"Modality": "SC", "PhotometricInterpretation": "PALETTE COLOR"},
     "3 pictures in one file": {"NumberOfFrames": 3, "pixels": np.stack([LEVELS] * 3)},
     "in RGB": {"PhotometricInterpretation": "RGB"},
     PACKAGES: {"syntax": JPEGLosslessSV1, "encoded": encapsulate([b"\xff\xd8"])},
