@@ -31,6 +31,7 @@ from cxr.cli import Parser, add_flags, add_network_flags, class_name, number, ru
 from cxr.compare import compare, match_predictions
 from cxr.errors import UNDO, Failure, as_typed, warn
 from cxr.files import check_writable, hash_file, read_json, versions, write_json
+from cxr.films import lateral_warnings
 from cxr.folders import CLASSES, SPLITS, find_other_classes, image_suffixes, in_words, list_images
 from cxr.leaks import leak_warnings, list_training_xrays
 from cxr.maps import class_maps, write_overlays
@@ -441,7 +442,7 @@ def classify_new(args):
     write_predictions(path, predictions, threshold, classes)
     print(f"Model {args.checkpoint}, threshold {threshold:.4g} ({threshold_from})\n")
     print_predictions(predictions, threshold, classes)
-    for text in model.warnings + novelty_warnings(novelty):
+    for text in model.warnings + novelty_warnings(novelty) + lateral_warnings(xrays):
         warn(text)
     if args.cam:
         views = readable_views(model, xrays, predictions)

@@ -27,6 +27,7 @@ scores       all scores of such a table, with intervals
 leaks        images and patients that are in more than one split
 compare      compares two models on the same images
 plots        the pictures of a report
+films        lateral images, captures and images in colour
 shortcuts    how well one number of an image predicts its class without a network
 
 page         the report, on the screen and as a web page (page.html is its template)

@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
-from PIL import ImageMode, ImageOps
+from PIL import ImageChops, ImageMode, ImageOps
 
 FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # for others, Pillow may start programs
 CAPTURES = ("OT", "SC")  # modalities of DICOM: pictures of a film or screen
 MODALITIES = ("CR", "DX", "RG", *CAPTURES)  # that can be radiographs
+MAX_TINT = 10  # grey levels by which the channels of a grey picture may differ
 MAX_PIXELS = 50_000_000  # radiographs have up to 20 million; a decompression bomb has more
 
 EXIF_ORIENTATION, TIFF_BITS, TIFF_PHOTOMETRIC = 274, 258, 262  # numbers of metadata tags
@@ -37,6 +38,7 @@ class Decoded(NamedTuple):
     bits: int  # per pixel, all channels together
     format: str  # JPEG, DICOM, ...
     quality: int  # of a JPEG, 1 to 100 on libjpeg's scale; 0 for other formats
+    has_colours: bool = False  # False also for RGB with equal channels
 
 
 def decode(source, size):
@@ -83,6 +85,7 @@ def decode_with_pillow(content, size):
         check_pillow_image(image)
         image.draft(None, (size, size))
         is_deep = mode[0] in "IF"  # integers of 16 or 32 bits, or floats
+        has_colours = not is_deep and mode not in ("L", "LA") and channels_differ(image)
         grey = image.convert("F" if is_deep else "L")
         # If white is 0 in a TIFF, Pillow inverts 8-bit pictures, but not deeper ones.
         if is_deep and file_format == "TIFF" and image.tag_v2.get(TIFF_PHOTOMETRIC) == 0:
@@ -101,7 +104,14 @@ def decode_with_pillow(content, size):
         scale = 100 * sum(tables[min(tables)]) / 3685
         quality = 100 - scale / 2 if scale <= 100 else 5000 / scale
         quality = min(100, max(1, round(quality)))
-    return Decoded(grey, shape, mode, bits, file_format, quality)
+    return Decoded(grey, shape, mode, bits, file_format, quality, has_colours)
+
+
+def channels_differ(image):
+    """Returns True if the red, green and blue of a picture differ by more than rounding."""
+    red, green, blue = image.convert("RGB").split()
+    differences = [ImageChops.difference(red, other).getextrema() for other in (green, blue)]
+    return max(high for _, high in differences) > MAX_TINT
 
 
 def check_pillow_image(image):
