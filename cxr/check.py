@@ -14,6 +14,7 @@ from cxr.decode import explain_unreadable
 from cxr.duplicates import find_nearly_same, find_negatives, find_same
 from cxr.errors import LIST_ALL, Failure, is_system_error
 from cxr.files import read_csv
+from cxr.films import find_kinds, find_unusual
 from cxr.folders import check_split_is_complete, list_splits, list_val
 from cxr.leaks import find_shared_patients
 from cxr.patients import Xray, identify_all, read_metadata
@@ -35,6 +36,7 @@ class ExaminedXray(NamedTuple):
     numbers: dict  # of cxr.shortcuts.image_numbers
     properties: tuple  # size, mode and format, as text
     thumbnail: np.ndarray  # uint8 (96, 96), grey
+    kinds: list  # of cxr.films.find_kinds
 
 
 def examine_image(xray, size):
@@ -57,6 +59,7 @@ def examine_image(xray, size):
         numbers=numbers,
         properties=(f"{width}x{height}", decoded.mode, decoded.format),
         thumbnail=np.asarray(grey.resize((96, 96), PIL.Image.Resampling.BOX)),
+        kinds=find_kinds(xray, decoded.has_colours),
     )
 
 
@@ -112,7 +115,7 @@ def examine(data_dir, size, classes):
         report["warnings"].append(f"{message}; before the split, move whole patients there")
     checks = (find_same, find_nearly_same, find_negatives, find_shared_patients, find_properties)
     shortcuts = partial(find_shortcuts, scored_on=splits[-1], classes=classes)
-    for find in (*checks, shortcuts):
+    for find in (*checks, find_unusual, shortcuts):
         entries, errors, warnings = find(examined)
         report |= entries
         report["errors"] += errors
