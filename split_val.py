@@ -12,19 +12,13 @@ makes a second run wait. If it is killed, the lock blocks nobody, and the next r
 
 import argparse
 import contextlib
-import errno
 import hashlib
 import os
-import shlex
 import sys
 from collections import Counter
 from pathlib import Path
 
-from common import SIZE  # before filelock: it imports cxr, which reports missing packages
-
-# isort: split
-from filelock import FileLock, Timeout
-
+from common import SIZE
 from cxr.cli import Parser, add_flags, number, run
 from cxr.errors import UNDO, Failure, as_typed, warn
 from cxr.files import check_writable, sync_folder, write_json
@@ -36,9 +30,9 @@ from cxr.folders import (
     names_by_class,
     read_split_record,
 )
+from cxr.moves import list_moves, lock, move
 from cxr.patients import METADATA, read_split
 
-LOCK_FILE = "split_val.lock"  # in the data folder, while a split_val.py works on it
 MAX_DEFAULT = 50  # images per class in val/, as in the original project
 FEW_IMAGES = 30  # of a class; with 30 + 30, a 95 % interval of the accuracy is 0.2 wide
 
@@ -124,107 +118,6 @@ def choose_patients(xrays, n, seed, classes):
 def counts_in_words(names):
     """Returns how many files each class has, as text. names: {class: file names}."""
     return " and ".join(f"{len(files)} {name}" for name, files in names.items())
-
-
-# ---------------------------------------------------------------- moving files
-
-
-def list_moves(data_dir, moved, source, target):
-    """Lists the renames that remain to be done, as (old path, new path) pairs.
-
-    moved: {class: file names}; source, target: the splits. Raises Failure if a rename is
-    impossible. Warns if an image is in neither split.
-    """
-    moves, gone = [], []
-    for name, files in moved.items():
-        for file in files:
-            old = data_dir / source / name / file
-            new = data_dir / target / name / file
-            if os.path.lexists(old) and os.path.lexists(new):  # lexists: also for broken links
-                raise Failure(f"{new}: exists already, and so does {old}; remove one of them")
-            if os.path.lexists(old):
-                moves.append((old, new))
-            elif not os.path.lexists(new):
-                gone.append(file)
-    if moves:
-        check_folders_writable(data_dir, moved)
-    if gone:
-        warn(f"{gone[0]}: it was part of the split and is gone ({len(gone)} such images)")
-    return moves
-
-
-def check_folders_writable(data_dir, classes):
-    """Raises Failure if a folder cannot be changed. Its message names the flags that help."""
-    for folder in list_folders(data_dir, classes):
-        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
-            source = shlex.quote(str(data_dir))
-            raise Failure(
-                f"{folder}: not writable, so no image can be moved. Change its permissions, or "
-                "split a folder of links: "
-                f"--data-dir NEW --link-from {source} (make: DATA=NEW LINK_FROM={source})"
-            )
-
-
-def list_folders(data_dir, classes):
-    """Returns the folders that a split may change."""
-    folders = [data_dir]
-    for split in ("train", "val"):
-        folders += [data_dir / split, *(data_dir / split / name for name in classes)]
-    return folders
-
-
-def move(data_dir, moves, classes):
-    """Renames images, and never copies: at every moment each image is complete and in one place."""
-    try:
-        for folder in {new.parent for _, new in moves}:
-            folder.mkdir(parents=True, exist_ok=True)
-        for old, new in moves:
-            os.rename(old, new)
-    except KeyboardInterrupt as interrupt:
-        message = "interrupted; every image is complete. Run the same command again to finish"
-        raise type(interrupt)(message) from None  # keeps the type, for the exit code
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        message = f"{new}: is on another file system than {old}; put both on the same one"
-        raise Failure(message) from None
-    for folder in list_folders(data_dir, classes):
-        sync_folder(folder)
-
-
-@contextlib.contextmanager
-def lock(data_dir):
-    """Locks a data folder, so that one split_val.py works on it; removes leftover files."""
-    if not data_dir.is_dir():
-        raise Failure(f"{data_dir}: no such folder; name it with --data-dir DIR (make: DATA=DIR)")
-    if not os.access(data_dir, os.W_OK | os.X_OK):  # then no run can move an image there
-        yield
-        return
-    # mode: other users of the folder may lock it, too. No soft lock, as a kill would leave it.
-    file_lock = FileLock(data_dir / LOCK_FILE, mode=0o666, fallback_to_soft=False)
-    wait_for_lock(file_lock, data_dir)
-    try:
-        for path in data_dir.glob(f".{SPLIT_FILE}.*.tmp"):  # left by a process that was killed
-            path.unlink()
-        yield
-    finally:
-        # Deleted before the release, so that nobody's new lock is deleted. A process that waited
-        # for the deleted file cannot take it: filelock checks st_nlink and opens the new one.
-        # On Windows an open file cannot be deleted; there, the release deletes it.
-        with contextlib.suppress(OSError):
-            os.unlink(data_dir / LOCK_FILE)
-        file_lock.release()
-
-
-def wait_for_lock(file_lock, data_dir):
-    """Takes the lock of a folder. Waits while another process has it."""
-    try:
-        file_lock.acquire(blocking=False)
-    except Timeout:
-        print(f"{data_dir}: waiting for another split_val.py to finish", flush=True)
-        file_lock.acquire()
-    except OSError as error:  # some network file systems cannot lock a file
-        warn(f"{data_dir}: cannot be locked ({error.strerror}); run one split_val.py at a time")
 
 
 # ---------------------------------------------------------------- split, undo, check

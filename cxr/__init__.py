@@ -20,6 +20,7 @@ patients     which patient an image belongs to: metadata.csv, DICOM, file names
 maps         class activation maps
 curves       the pictures of a training
 folds        folds and results of a cross-validation, doubtful labels
+moves        moves images between the splits, and locks the folder meanwhile
 
 predictions  the table of predictions, a DataFrame and predictions.csv
 scores       all scores of such a table, with intervals

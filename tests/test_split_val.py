@@ -16,10 +16,12 @@ import pytest
 from faults import damage, files, put
 from helpers import make_tree, names_in, run_split, sizes, snapshot, split_refused
 
+import cxr.moves
 import split_val
 from cxr.errors import Failure, Terminated
 from cxr.files import read_json
 from cxr.folders import CLASSES, SPLIT_FILE
+from cxr.moves import LOCK_FILE, lock
 from cxr.patients import read_split
 
 CALLS = ("rename", "replace", "fsync", "mkdir", "unlink", "rmdir")  # all that change a folder
@@ -382,7 +384,7 @@ def test_two_processes_never_hold_the_lock_at_once_although_its_file_is_deleted(
 
     def hold():
         for _ in range(counts):
-            with split_val.lock(tree):
+            with lock(tree):
                 os.close(os.open(tree / "held", os.O_CREAT | os.O_EXCL))  # fails if it exists
                 os.unlink(tree / "held")
         return 0
@@ -400,7 +402,7 @@ def test_a_run_waits_for_another_one_and_says_so_at_once(tree, capsys):
 
     def hold():
         os.close(end)
-        with split_val.lock(tree):
+        with lock(tree):
             os.write(locked, b"x")
             os.read(gate, 1)  # returns when the parent closes its end
         return 0
@@ -417,7 +419,7 @@ def test_a_run_waits_for_another_one_and_says_so_at_once(tree, capsys):
     assert run_split(tree) == 0
     assert out == [f"{tree}: waiting for another split_val.py to finish\n"]
     child.join()
-    assert sizes(tree) == [4, 4] and not (tree / split_val.LOCK_FILE).exists()
+    assert sizes(tree) == [4, 4] and not (tree / LOCK_FILE).exists()
     for descriptor in (ready, locked, gate):
         os.close(descriptor)
 
@@ -429,10 +431,10 @@ def test_the_lock_file_of_a_killed_run_blocks_nobody_and_the_next_run_deletes_it
 
     child = fork(die)
     child.join()
-    assert child.exitcode == 9 and (tree / split_val.LOCK_FILE).exists()
+    assert child.exitcode == 9 and (tree / LOCK_FILE).exists()
     assert run_split(tree) == 0
     assert "waiting" not in capsys.readouterr().out
-    assert sizes(tree) == [4, 4] and not (tree / split_val.LOCK_FILE).exists()
+    assert sizes(tree) == [4, 4] and not (tree / LOCK_FILE).exists()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
@@ -444,14 +446,14 @@ def test_a_folder_that_cannot_be_locked_is_split_with_a_warning(tree, capsys, mo
     assert run_split(tree) == 0
     (warning,) = capsys.readouterr().err.splitlines()
     assert f"{tree}: cannot be locked ({os.strerror(number)}); run one split_val.py" in warning
-    assert sizes(tree) == [4, 4] and not (tree / split_val.LOCK_FILE).exists()
+    assert sizes(tree) == [4, 4] and not (tree / LOCK_FILE).exists()
 
 
 def test_the_check_of_a_folder_that_may_only_be_read_takes_no_lock(data, capsys, monkeypatch):
     before = snapshot(data)
     # A stand-in: root, as tests may run, can write everywhere.
     monkeypatch.setattr(os, "access", lambda path, mode: mode == os.R_OK)
-    monkeypatch.setattr(split_val, "FileLock", None)
+    monkeypatch.setattr(cxr.moves, "FileLock", None)
     assert run_split(data, "--check") == 0
     assert capsys.readouterr().err == "" and snapshot(data) == before
 
