@@ -31,7 +31,7 @@ from cxr.cli import Parser, add_flags, add_network_flags, number, run
 from cxr.curves import choose_samples, draw_curves, draw_samples, write_history
 from cxr.errors import INTERRUPTED, Failure, as_typed, interrupt_exit_code, progress
 from cxr.files import check_writable, versions, write_json
-from cxr.folders import SPLIT_FILE, check_split_classes
+from cxr.folders import SPLIT_FILES, check_split_classes
 from cxr.novelty import describe_features
 from cxr.patients import read_split
 from cxr.proportions import accuracy_intervals, format_interval
@@ -580,7 +580,7 @@ def parse_args(argv=None):
         parser.error("--repeats needs --folds (make cv)")
     description_file = args.checkpoint.with_suffix(".json").name
     asked = as_typed("--checkpoint", "MODEL", args.checkpoint)
-    if args.checkpoint.suffix not in (".pth", ".pt") or description_file == SPLIT_FILE:
+    if args.checkpoint.suffix not in (".pth", ".pt") or description_file in SPLIT_FILES.values():
         parser.error(f"{asked}: expected a name like model.pth")
     if args.checkpoint.resolve() == Path(args.weights).resolve():
         parser.error(f"{asked}: is the file of --weights (make: WEIGHTS=); use another name")

@@ -13,6 +13,7 @@ import sys
 
 LIST_ALL = "--check --json check.json (make check ARGS='--json check.json') lists all"
 UNDO = "split_val.py --undo (make split ARGS=--undo)"
+UNDO_TEST = "split_val.py --undo test (make split ARGS='--undo test')"
 SHOWN = 5  # lines shown of one kind of message
 INTERRUPTED = "interrupted; each output file is complete: either the old or the new version"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: larger than a file may be

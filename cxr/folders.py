@@ -18,7 +18,8 @@ from cxr.files import read_json
 CLASSES = ("NORMAL", "PNEUMONIA")  # the default of --classes
 COLOURS = ("#0072B2", "#D55E00")  # of labels 0 and 1; Okabe & Ito, for colour-blind readers
 SPLITS = ("train", "val", "test")
-SPLIT_FILE = "split_val.json"  # in the data folder: the files that split_val.py moves
+# Made by split_val.py from a part of train/, in this order. Each file lists the images moved.
+SPLIT_FILES = {"test": "split_test.json", "val": "split_val.json"}
 
 JPEGS = (".jfif", ".jpe", ".jpeg", ".jpg")
 SUFFIXES = {*JPEGS, ".bmp", ".dcm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -170,44 +171,54 @@ def suggest_data_dir(data_dir, classes):
     return "put the images there, or name their folder with --data-dir DIR (make: DATA=DIR)"
 
 
-def read_split_record(data_dir):
-    """Returns the content of split_val.json, None if there is no such file."""
-    record = read_json(Path(data_dir, SPLIT_FILE))
+def read_split_record(data_dir, split):
+    """Returns the content of split_val.json or split_test.json, None if there is no such file."""
+    record = read_json(Path(data_dir, SPLIT_FILES[split]))
     if record is not None:
         record.setdefault("classes", list(CLASSES))  # an earlier version did not write them
     return record
 
 
 def check_split_classes(data_dir, classes):
-    """Raises Failure if the split was made with other classes, or with the other order."""
-    record = read_split_record(data_dir)
-    if record is not None and record["classes"] != list(classes):
-        asked, made = shlex.join(classes), classes_flag(record["classes"])
-        raise Failure(f"--classes {asked}: {data_dir} was split with {made}; use the same names")
+    """Raises Failure if a split was made with other classes, or with the other order."""
+    for split in SPLIT_FILES:
+        record = read_split_record(data_dir, split)
+        if record is not None and record["classes"] != list(classes):
+            asked, made = shlex.join(classes), classes_flag(record["classes"])
+            message = f"--classes {asked}: {data_dir} was split with {made}"
+            raise Failure(f"{message}; use the same names")
 
 
 def check_split_is_complete(data_dir):
     """Raises Failure if split_val.py was interrupted before it had moved all images."""
-    record = read_split_record(data_dir)
-    if record is None:
-        return
-    for name, files in record["moved"].items():
-        train = Path(data_dir, "train", name)
-        remaining = [file for file in files if os.path.lexists(train / file)]
-        if remaining:
-            what = f"expected it in val/, as {SPLIT_FILE} says ({len(remaining)} such images)"
-            raise Failure(
-                f"{train / remaining[0]}: {what}; to complete it, run split_val.py (make split)"
-            )
+    for new, old in moved_images(data_dir).items():
+        if os.path.lexists(old):
+            split = new.parent.parent.name
+            what = f"expected it in {split}/, as {SPLIT_FILES[split]} says"
+            raise Failure(f"{old}: {what}; to complete it, run split_val.py (make split)")
 
 
-def list_val(data_dir, classes):
-    """Returns {class: names of its images in val/}. A missing folder counts as empty."""
-    val = data_dir / "val"
-    if val.is_dir():
-        check_only_classes(val, classes)
+def moved_images(data_dir):
+    """Returns {path in val/ or test/: path in train/} of all images that split_val.py moves."""
+    moved = {}
+    for split in SPLIT_FILES:
+        record = read_split_record(data_dir, split) or {"moved": {}}
+        for name, files in record["moved"].items():
+            for file in files:
+                moved[Path(data_dir, split, name, file)] = Path(data_dir, "train", name, file)
+    return moved
+
+
+def list_val(data_dir, classes, split="val"):
+    """Returns {class: names of its images in val/}. A missing folder counts as empty.
+
+    split: "test" for the images in test/.
+    """
+    root = data_dir / split
+    if root.is_dir():
+        check_only_classes(root, classes)
     paths = []
-    for folder in (val, *(val / name for name in classes)):
+    for folder in (root, *(root / name for name in classes)):
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
             raise Failure(f"{folder}: expected a folder, found a link or a file; move it away")
         if folder.exists():

@@ -9,7 +9,7 @@ from filelock import FileLock, Timeout
 
 from cxr.errors import Failure, warn
 from cxr.files import sync_folder
-from cxr.folders import SPLIT_FILE
+from cxr.folders import SPLIT_FILES
 
 LOCK_FILE = "split_val.lock"  # in the data folder, while a split_val.py works on it
 
@@ -32,15 +32,15 @@ def list_moves(data_dir, moved, source, target):
             elif not os.path.lexists(new):
                 gone.append(file)
     if moves:
-        check_folders_writable(data_dir, moved)
+        check_folders_writable(data_dir, list_folders(data_dir, (source, target), moved))
     if gone:
         warn(f"{gone[0]}: it was part of the split and is gone ({len(gone)} such images)")
     return moves
 
 
-def check_folders_writable(data_dir, classes):
+def check_folders_writable(data_dir, folders):
     """Raises Failure if a folder cannot be changed. Its message names the flags that help."""
-    for folder in list_folders(data_dir, classes):
+    for folder in folders:
         if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
             source = shlex.quote(str(data_dir))
             raise Failure(
@@ -50,16 +50,19 @@ def check_folders_writable(data_dir, classes):
             )
 
 
-def list_folders(data_dir, classes):
-    """Returns the folders that a split may change."""
+def list_folders(data_dir, splits, classes):
+    """Returns the folders that moves between these splits may change."""
     folders = [data_dir]
-    for split in ("train", "val"):
+    for split in splits:
         folders += [data_dir / split, *(data_dir / split / name for name in classes)]
     return folders
 
 
-def move(data_dir, moves, classes):
-    """Renames images, and never copies: at every moment each image is complete and in one place."""
+def move(moves, folders):
+    """Renames images, and never copies: at every moment each image is complete and in one place.
+
+    moves: the result of list_moves; folders: the result of list_folders.
+    """
     try:
         for folder in {new.parent for _, new in moves}:
             folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +76,7 @@ def move(data_dir, moves, classes):
             raise
         message = f"{new}: is on another file system than {old}; put both on the same one"
         raise Failure(message) from None
-    for folder in list_folders(data_dir, classes):
+    for folder in folders:
         sync_folder(folder)
 
 
@@ -89,8 +92,9 @@ def lock(data_dir):
     file_lock = FileLock(data_dir / LOCK_FILE, mode=0o666, fallback_to_soft=False)
     wait_for_lock(file_lock, data_dir)
     try:
-        for path in data_dir.glob(f".{SPLIT_FILE}.*.tmp"):  # left by a process that was killed
-            path.unlink()
+        for file in SPLIT_FILES.values():
+            for path in data_dir.glob(f".{file}.*.tmp"):  # left by a process that was killed
+                path.unlink()
         yield
     finally:
         # Deleted before the release, so that nobody's new lock is deleted. A process that waited

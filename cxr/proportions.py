@@ -12,6 +12,7 @@ import numpy as np
 Z = NormalDist().inv_cdf(0.975)  # 1.96: a 95 % interval is value ± Z standard errors
 PROPORTIONS = ("accuracy", "sensitivity", "specificity", "ppv", "npv")
 PREVALENCES = (0.01, 0.05, 0.1, 0.2, 0.5)  # for which predictive values are reported
+FEW_PATIENTS = 10  # of a class; with 10, an accuracy of 1.00 has the interval 0.72 to 1.00
 
 
 def wilson_interval(correct, patients):
@@ -31,6 +32,13 @@ def wilson_interval(correct, patients):
     low, high = (middle - margin) / (1 + z2), (middle + margin) / (1 + z2)
     # Rounding must not exclude p itself if p is 0 or 1.
     return {"value": float(p), "low": float(min(low, p)), "high": float(max(high, p))}
+
+
+def value_of_few(n_patients):
+    """Returns a sentence about the interval that a perfect result has with so few patients."""
+    low = wilson_interval(np.ones(n_patients), np.arange(n_patients))["low"]
+    patients = "1 patient" if n_patients == 1 else f"{n_patients} patients"
+    return f"with {patients}, an accuracy of 1.00 has the interval {low:.2f} to 1.00"
 
 
 def effective_sample_size(correct, patients):

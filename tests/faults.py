@@ -3,6 +3,7 @@
 import builtins
 import contextlib
 import io
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -27,6 +28,8 @@ import common
 import cxr.bootstrap
 import evaluate  # noqa: F401  so that a forked process has imported everything
 import train  # noqa: F401
+
+CALLS = ("rename", "replace", "fsync", "mkdir", "unlink", "rmdir")  # all that change a folder
 
 
 def damage(rng, data):
@@ -86,6 +89,39 @@ def within(seconds):
 def columns(table):
     """Returns the first 4 columns of a predictions.csv, those that need no model.json."""
     return [line.split(b",")[:4] for line in table.splitlines()]
+
+
+def fail_at(patch, number, fault, calls=CALLS, after=False):
+    """Raises `fault` (None: exits) before or after system call `number`; returns their counter."""
+    counter = itertools.count()
+
+    def failing(call):
+        def wrapper(*args, **options):
+            if next(counter) != number:
+                return call(*args, **options)
+            if after:
+                with contextlib.suppress(OSError):
+                    call(*args, **options)
+            if fault is None:
+                os._exit(9)
+            raise fault
+
+        return wrapper
+
+    for name in calls:
+        patch(os, name, failing(getattr(os, name)))
+    return counter
+
+
+def fork(function, *args):
+    child = multiprocessing.get_context("fork").Process(target=lambda: os._exit(function(*args)))
+    child.start()
+    return child
+
+
+def fresh_copy(source, folder):
+    shutil.rmtree(folder, ignore_errors=True)
+    return Path(shutil.copytree(source, folder))
 
 
 class Steps:

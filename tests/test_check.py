@@ -12,7 +12,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 import cxr.check
 from cxr.files import hash_file, read_json
-from cxr.folders import CLASSES, SPLIT_FILE
+from cxr.folders import CLASSES
 from cxr.patients import patient_from_name
 
 
@@ -221,7 +221,9 @@ def test_json_needs_check_and_never_replaces_a_folder_a_pipe_or_the_record(tree,
     error = capsys.readouterr().err
     assert "--json" in error and "--check" in error
     assert run_split(tree, "--per-class", 5) == 0
-    assert "choose another" in split_refused(tree, capsys, "--check", "--json", tree / SPLIT_FILE)
+    assert "choose another" in split_refused(
+        tree, capsys, "--check", "--json", tree / "split_val.json"
+    )
     for make in (os.mkdir, os.mkfifo):
         make(path := tmp_path / make.__name__)
         before = path.lstat().st_mode

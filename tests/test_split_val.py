@@ -1,10 +1,8 @@
 """split_val.py: the choice of patients, and the moves under every fault."""
 
-import contextlib
 import errno
 import fcntl
 import itertools
-import multiprocessing
 import os
 import random
 import shutil
@@ -13,18 +11,16 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from faults import damage, files, put
+from faults import damage, fail_at, files, fork, fresh_copy, put
 from helpers import make_tree, names_in, run_split, sizes, snapshot, split_refused
 
 import cxr.moves
 import split_val
 from cxr.errors import Failure, Terminated
 from cxr.files import read_json
-from cxr.folders import CLASSES, SPLIT_FILE
+from cxr.folders import CLASSES
 from cxr.moves import LOCK_FILE, lock
 from cxr.patients import read_split
-
-CALLS = ("rename", "replace", "fsync", "mkdir", "unlink", "rmdir")  # all that change a folder
 
 
 def add_files(folder, names):
@@ -32,16 +28,20 @@ def add_files(folder, names):
         put(folder / name, f"{folder} {name}".encode())
 
 
+def moved_to_val(folder, n, seed=0):
+    record, _ = split_val.plan_splits(folder, {"val": n}, seed, CLASSES)["val"]
+    return record["moved"]
+
+
 def test_no_patient_is_ever_on_both_sides_and_the_classes_get_what_was_asked(tree):
     xrays = read_split(tree, "train", classes=CLASSES)
     choices = set()
     for seed in range(50):
-        moved = split_val.choose_patients(xrays, 5, seed, CLASSES)
-        assert [len(moved[name]) for name in CLASSES] == [5, 5]
-        names = {*moved["NORMAL"], *moved["PNEUMONIA"]}
-        patients = {xray.group for xray in xrays if xray.path.name in names}
-        assert sum(xray.group in patients for xray in xrays) == len(names) == 10
-        choices.add(str(moved))
+        chosen = split_val.choose_patients(xrays, dict.fromkeys(CLASSES, 5), seed, CLASSES)
+        assert Counter(xray.label for xray in chosen) == {0: 5, 1: 5}
+        patients = {xray.group for xray in chosen}
+        assert [xray for xray in xrays if xray.group in patients] == sorted(chosen)
+        choices.add(str(sorted(chosen)))
     assert len(choices) > 40
 
 
@@ -53,7 +53,7 @@ def test_the_choice_does_not_depend_on_the_order_of_the_folder(tree, monkeypatch
     }
     rng, true = random.Random(seed), os.listdir
     monkeypatch.setattr(os, "listdir", lambda path: sorted(true(path), key=lambda _: rng.random()))
-    assert split_val.plan_split(tree, 3, 0, CLASSES)["moved"] == expected
+    assert moved_to_val(tree, 3) == expected
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -61,7 +61,7 @@ def test_a_patient_in_both_classes_moves_with_all_images(tmp_path, seed):
     root = make_tree(tmp_path / "data", 6)
     for name in CLASSES:
         add_files(root / "train" / name, ["person77_virus_0.jpeg", "person77_virus_1.jpeg"])
-    moved = split_val.plan_split(root, 5, seed, CLASSES)["moved"]
+    moved = moved_to_val(root, 5, seed)
     counts = [sum(file.startswith("person77_") for file in moved[name]) for name in CLASSES]
     assert counts in ([0, 0], [2, 2])
 
@@ -99,7 +99,7 @@ def test_a_second_run_moves_nothing_and_undo_restores_all(tree, capsys):
     before = snapshot(tree)
     assert run_split(tree, "--per-class", 5) == 0
     assert capsys.readouterr().out.startswith("Moved 5 NORMAL and 5 PNEUMONIA images of ")
-    record = read_json(tree / SPLIT_FILE)
+    record = read_json(tree / "split_val.json")
     moved = names_in(tree, "val")
     expected = {"classes": list(CLASSES), "seed": 0, "per_class": 5, "moved": moved}
     assert record == expected | {"patients": record["patients"]}
@@ -118,11 +118,21 @@ def test_a_second_run_moves_nothing_and_undo_restores_all(tree, capsys):
     assert snapshot(tree) == before
 
 
-def test_the_default_moves_a_third_without_a_warning_also_when_it_runs_twice(tree, capsys):
+def test_the_default_moves_a_third_without_a_warning_also_when_it_runs_twice(tmp_path, capsys):
+    root = make_tree(tmp_path / "data", 60, 4)
     for _ in range(2):
-        assert run_split(tree) == 0
+        assert run_split(root) == 0
         assert capsys.readouterr().err == ""
-        assert sizes(tree) == [4, 4]
+        assert sizes(root) == [20, 20]
+
+
+def test_a_split_of_few_patients_says_what_a_perfect_result_would_be_worth(tmp_path, capsys):
+    add_files(tmp_path / "train/NORMAL", [f"IM-{i}-{i}.jpeg" for i in range(60)])
+    add_files(tmp_path / "train/PNEUMONIA", [f"person{i}_virus_{i}.jpeg" for i in range(20, 40)])
+    assert run_split(tmp_path, "--test", 0.2, "--per-class", 10) == 0
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "test/ gets few patients (12 NORMAL and 4 PNEUMONIA): with 4 patients, an acc" in warning
+    assert "an accuracy of 1.00 has the interval 0.51 to 1.00. Collect more, or" in warning
 
 
 @pytest.mark.parametrize("flags", [("--per-class", 4), ("--seed", 9)])
@@ -155,7 +165,7 @@ def test_a_val_that_came_with_the_data_is_left_alone_and_undo_takes_it_back(tree
     taken.unlink()
     assert run_split(tree, "--undo") == 0
     assert sizes(tree, "train") == [20, 20]
-    assert not (tree / "val").exists() and not (tree / SPLIT_FILE).exists()
+    assert not (tree / "val").exists() and not (tree / "split_val.json").exists()
     assert run_split(tree, "--per-class", 5) == 0
     assert sizes(tree) == [5, 5]
 
@@ -167,7 +177,7 @@ def test_the_same_file_in_two_folders_is_refused_before_anything_moves(tree, cap
 
 
 def test_a_name_that_is_taken_is_refused_before_anything_moves(tree, capsys):
-    file = split_val.plan_split(tree, 5, 0, CLASSES)["moved"]["PNEUMONIA"][-1]
+    file = moved_to_val(tree, 5)["PNEUMONIA"][-1]
     taken = tree / "val" / "PNEUMONIA" / file
     taken.mkdir(parents=True)  # no image, so val/ is empty
     assert "exists already" in split_refused(tree, capsys, "--per-class", 5)
@@ -182,6 +192,7 @@ def test_undo_names_what_is_gone_and_leaves_what_it_did_not_bring(tree, capsys):
     add_files(tree / "val", ["NORMAL/.DS_Store", "PNEUMONIA/.DS_Store"])  # as good as empty
     assert run_split(tree, "--per-class", 5) == 0
     assert sizes(tree) == [5, 5]
+    capsys.readouterr()
     gone = tree / "val" / "NORMAL" / names_in(tree, "val")["NORMAL"][2]
     gone.unlink()
     (tree / "val" / "PNEUMONIA" / "mine.png").write_bytes(b"mine")
@@ -253,103 +264,79 @@ def test_links_to_images_that_are_links_themselves_are_recognised_in_a_second_ru
         assert sizes(tmp_path / "links") == [4, 4]
 
 
-def fail_at(patch, number, fault, calls=CALLS, after=False):
-    """Raises `fault` (None: exits) before or after system call `number`; returns their counter."""
-    counter = itertools.count()
+@pytest.fixture(params=["val", "test and val"])
+def campaign(request, fuzz, tmp_path):
+    """(folder, flags, the same folder split, all ways to undo it): few images.
 
-    def failing(call):
-        def wrapper(*args, **options):
-            if next(counter) != number:
-                return call(*args, **options)
-            if after:
-                with contextlib.suppress(OSError):
-                    call(*args, **options)
-            if fault is None:
-                os._exit(9)
-            raise fault
-
-        return wrapper
-
-    for name in calls:
-        patch(os, name, failing(getattr(os, name)))
-    return counter
-
-
-def fork(function, *args):
-    child = multiprocessing.get_context("fork").Process(target=lambda: os._exit(function(*args)))
-    child.start()
-    return child
-
-
-def fresh_copy(source, folder):
-    shutil.rmtree(folder, ignore_errors=True)
-    return Path(shutil.copytree(source, folder))
-
-
-@pytest.fixture
-def campaign(fuzz, tmp_path):
-    """(folder, flags, the same folder split): few images, with --fuzz as many as the real data."""
-    start = make_tree(tmp_path / "start", fuzz.count(6, 150), 2)
-    flags = "--per-class", fuzz.count(2, 50)
+    With --fuzz, it has as many images as the real data.
+    """
+    if request.param == "val":
+        n, undos = fuzz.count(2, 50), [["--undo"]]
+        start, flags = make_tree(tmp_path / "start", 3 * n, 2), ["--per-class", n]
+    else:
+        n, undos = fuzz.count(1, 50), [["--undo"], ["--undo", "test"]]
+        start, flags = make_tree(tmp_path / "start", 3 * n), ["--per-class", n, "--test", n]
     done = fresh_copy(start, tmp_path / "done")
     assert run_split(done, *flags) == 0
-    return start, flags, done
+    return start, flags, done, list(itertools.permutations(undos))
 
 
-@pytest.mark.parametrize("verb", ["split", "undo"])
-def test_a_run_killed_at_any_system_call_is_completed_or_taken_back(campaign, tmp_path, verb):
-    start, flags, done = campaign
-    source, killed = (start, flags) if verb == "split" else (done, ("--undo",))
+def test_a_run_killed_at_any_system_call_is_completed_or_taken_back(campaign, tmp_path):
+    start, flags, done, orders = campaign
     folder, half = tmp_path / "data", tmp_path / "half"
 
-    def die(points):
+    def die(points, command):
         fail_at(setattr, points // 2, None, after=points % 2)
-        return run_split(folder, *killed)
+        return run_split(folder, *command)
 
-    for points in itertools.count():
-        fresh_copy(source, folder)
-        child = fork(die, points)
-        child.join()
-        if child.exitcode == 0:
-            break
-        assert child.exitcode == 9
-        fresh_copy(folder, half)
-        names = sorted(path.name for path in half.rglob("*.jpeg"))
-        assert names == sorted(path.name for path in start.rglob("*.jpeg"))  # all, and once
-        assert run_split(folder, *flags) == 0
-        assert snapshot(folder) == snapshot(done)
-        assert run_split(half, "--undo") == 0
-        assert snapshot(half) == snapshot(start)
-    assert points >= 2 * (2 * flags[1] + 8)
+    for command in (flags, *orders[0]):
+        for points in itertools.count():
+            fresh_copy(start if command is flags else done, folder)
+            child = fork(die, points, command)
+            child.join()
+            if child.exitcode == 0:
+                break
+            assert child.exitcode == 9
+            names = sorted(path.name for path in folder.rglob("*.jpeg"))
+            assert names == sorted(path.name for path in start.rglob("*.jpeg"))  # all, and once
+            for order in orders:
+                fresh_copy(folder, half)
+                assert [run_split(half, *undo) for undo in order] == [0] * len(order)
+                assert snapshot(half) == snapshot(start)
+            assert run_split(folder, *flags) == 0
+            assert snapshot(folder) == snapshot(done)
+        assert points >= 2 * (2 * flags[1] + 8)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EACCES])
-@pytest.mark.parametrize("verb", ["split", "undo"])
 def test_an_error_of_any_system_call_is_one_line_and_the_next_run_completes(
-    campaign, tmp_path, capsys, monkeypatch, verb, number
+    campaign, tmp_path, capsys, monkeypatch, number
 ):
-    start, flags, done = campaign
-    source, expected = (start, done) if verb == "split" else (done, start)
-    flags = flags if verb == "split" else ("--undo",)
-    for failing in itertools.count():
-        folder = fresh_copy(source, tmp_path / "data")
-        fault = OSError(number, os.strerror(number), str(folder))
-        capsys.readouterr()
-        with monkeypatch.context() as patch:
-            counter = fail_at(patch.setattr, failing, fault)
-            status = run_split(folder, *flags)
-        error = capsys.readouterr().err
-        assert status in (0, 2, 4) and len(error.splitlines()) == (status > 0)
-        assert run_split(folder, *flags) == 0
-        assert files(folder) == files(expected)
-        assert not [*folder.rglob("*.tmp")]
-        if next(counter) <= failing:
-            break
+    start, flags, done, orders = campaign
+    for command in (flags, *orders[0]):
+        source = start if command is flags else done
+        expected = fresh_copy(source, tmp_path / "expected")
+        assert run_split(expected, *command) == 0
+        for failing in itertools.count():
+            folder = fresh_copy(source, tmp_path / "data")
+            fault = OSError(number, os.strerror(number), str(folder))
+            capsys.readouterr()
+            with monkeypatch.context() as patch:
+                counter = fail_at(patch.setattr, failing, fault)
+                status = run_split(folder, *command)
+            lines = capsys.readouterr().err.splitlines()
+            errors = [line for line in lines if not line.startswith("warning: ")]
+            assert status in (0, 2, 4) and len(errors) == (status > 0)
+            assert run_split(folder, *command) == 0
+            assert files(folder) == files(expected)
+            assert not [*folder.rglob("*.tmp")]
+            if next(counter) <= failing:
+                break
 
 
 @pytest.mark.parametrize(("stop", "status"), [(KeyboardInterrupt, 130), (Terminated, 143)])
 def test_ctrl_c_between_two_files_says_how_to_go_on(campaign, capsys, monkeypatch, stop, status):
-    start, flags, done = campaign
+    start, flags, done, _ = campaign
     with monkeypatch.context() as patch:
         fail_at(patch.setattr, 3, stop, calls=("rename",))
         assert run_split(start, *flags) == status
@@ -359,7 +346,7 @@ def test_ctrl_c_between_two_files_says_how_to_go_on(campaign, capsys, monkeypatc
 
 
 def test_four_at_once_split_once(campaign, tmp_path, fuzz):
-    start, flags, done = campaign
+    start, flags, done, _ = campaign
     folder = tmp_path / "race"
 
     def race(gate, end):
@@ -444,7 +431,7 @@ def test_a_folder_that_cannot_be_locked_is_split_with_a_warning(tree, capsys, mo
 
     monkeypatch.setattr(fcntl, "flock", flock)
     assert run_split(tree) == 0
-    (warning,) = capsys.readouterr().err.splitlines()
+    warning, _ = capsys.readouterr().err.splitlines()  # the other one: few patients
     assert f"{tree}: cannot be locked ({os.strerror(number)}); run one split_val.py" in warning
     assert sizes(tree) == [4, 4] and not (tree / LOCK_FILE).exists()
 
@@ -461,12 +448,12 @@ def test_the_check_of_a_folder_that_may_only_be_read_takes_no_lock(data, capsys,
 def test_a_damaged_record_is_refused_or_changes_nothing(tree, tmp_path, fuzz, capsys):
     start = snapshot(tree)
     assert run_split(tree, "--per-class", 5) == 0
-    record = (tree / SPLIT_FILE).read_bytes()
+    record = (tree / "split_val.json").read_bytes()
     refusals, rounds = 0, fuzz.count(30, 300)
     for _ in range(rounds):
         folder = fresh_copy(tree, tmp_path / "damaged")
         what, content = damage(fuzz.rng, record)
-        (folder / SPLIT_FILE).write_bytes(content)
+        (folder / "split_val.json").write_bytes(content)
         before = snapshot(folder)
         capsys.readouterr()
         statuses = run_split(folder, "--per-class", 5), run_split(folder, "--undo")
