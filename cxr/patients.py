@@ -9,7 +9,7 @@ from typing import NamedTuple
 from cxr.decode import is_dicom
 from cxr.errors import LIST_ALL, UNDO, Failure, is_system_error, warn
 from cxr.files import hash_file, read_csv
-from cxr.folders import SPLITS, check_split_is_complete, list_images, list_splits
+from cxr.folders import SPLITS, check_split_is_complete, list_images, list_splits, moved_images
 
 METADATA = "metadata.csv"  # in the data folder: file_name, patient_id and any other columns
 
@@ -185,10 +185,12 @@ def match_rows(path, rows, images, data_dir):
 
     Raises Failure if a name is not unique. Warns of rows without an image.
     """
-    by_name = {}
+    by_name, moved = {}, moved_images(data_dir)
     for image in images:
         relative = image.relative_to(data_dir).as_posix()
-        before_split = re.sub("^val/", "train/", relative)  # the row may still say train/
+        # The row may still say train/. A test/ without record came with the data, not from train/.
+        before_split = moved.get(image, image).relative_to(data_dir).as_posix()
+        before_split = re.sub("^val/", "train/", before_split)
         for name in {image.name, relative, before_split}:
             by_name.setdefault(name, []).append(image)
 

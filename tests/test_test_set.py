@@ -214,6 +214,18 @@ def test_a_patient_of_a_test_set_that_came_with_the_data_is_not_moved_to_val(tre
     assert "put all images of this patient into train/, or all into test/" in error
 
 
+def test_a_path_in_the_table_is_still_valid_after_both_splits(tmp_path):
+    for name in CLASSES:  # the same names in both classes, so that only a path is unique
+        for i in range(24):
+            put(tmp_path / "train" / name / f"{i}.png", f"{name} {i}".encode())
+    rows = [f"train/{name}/{i}.png,{name}{i // 2}" for name in CLASSES for i in range(24)]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,patient_id", *rows]))
+    assert run_split(tmp_path, "--test", 6, "--per-class", 4) == 0
+    xrays = read_split(tmp_path, *SPLITS, classes=CLASSES)
+    assert {x.patient for x in xrays} == {f"{name}{i}" for name in CLASSES for i in range(12)}
+    assert len({(x.split, x.patient) for x in xrays}) == 24
+
+
 def test_a_row_of_train_is_not_taken_for_an_image_of_a_test_set_with_the_same_name(tree, capsys):
     for split in ("train", "test"):
         for name in CLASSES:
