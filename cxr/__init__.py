@@ -23,6 +23,7 @@ folds        folds and results of a cross-validation, doubtful labels
 moves        moves images between the splits, and locks the folder meanwhile
 
 predictions  the table of predictions, a DataFrame and predictions.csv
+links        a data folder of links to images elsewhere
 scores       all scores of such a table, with intervals
 
 leaks        images and patients that are in more than one split
