@@ -1,7 +1,7 @@
 # Nothing needs activating: every target makes the environment it needs. GNU Make 3.81 is enough.
 PYTHON ?= python3
 PY := .venv/bin/python
-VARIABLES := DATA CLASSES RUN MODEL RESULTS PER_CLASS LINK_FROM EPOCHS BATCH_SIZE LR PATIENCE VIEWS WINDOW SEED DEVICE FEATURE_BATCH_SIZE ARCH WEIGHTS WORKERS GPUS IMAGES ARGS PYTHON
+VARIABLES := DATA CLASSES RUN MODEL RESULTS PER_CLASS TEST LINK_FROM EPOCHS BATCH_SIZE LR PATIENCE VIEWS WINDOW SEED DEVICE FEATURE_BATCH_SIZE ARCH WEIGHTS WORKERS GPUS IMAGES ARGS PYTHON
 
 # a typo in a variable's name must not be ignored
 given := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$v))
@@ -12,7 +12,7 @@ MODEL := $(if $(RUN),runs/$(RUN)/model.pth)
 RESULTS := $(if $(findstring --from,$(ARGS)),,$(if $(RUN),runs/$(RUN)/results))
 flag = $(if $($2),--$1 '$(subst ','\'',$($2))')
 data_flags = $(call flag,data-dir,DATA) $(if $(CLASSES),--classes $(CLASSES)) $(call flag,seed,SEED)
-split_flags = $(data_flags) $(call flag,per-class,PER_CLASS) $(call flag,link-from,LINK_FROM)
+split_flags = $(data_flags) $(call flag,per-class,PER_CLASS) $(call flag,test,TEST) $(call flag,link-from,LINK_FROM)
 run_flags = $(data_flags) $(call flag,checkpoint,MODEL) $(call flag,results-dir,RESULTS) \
 	$(call flag,device,DEVICE) $(call flag,feature-batch-size,FEATURE_BATCH_SIZE) $(call flag,workers,WORKERS)
 train_flags = $(run_flags) $(call flag,epochs,EPOCHS) $(call flag,batch-size,BATCH_SIZE) $(call flag,lr,LR) $(call flag,patience,PATIENCE) \
@@ -27,7 +27,8 @@ help:  ## this page
 #= Variables (a script's own default holds where one is not given):
 #=   DATA RUN MODEL RESULTS         folder of the images; RUN=name keeps model and report in runs/name/
 #=   CLASSES                        names of the class folders, the disease second: CLASSES="healthy sick"
-#=   PER_CLASS LINK_FROM            images of a class for val/; images elsewhere that are only read, linked into DATA
+#=   PER_CLASS TEST                 images of a class for val/; for test/, if there is none (TEST=50, or a share: TEST=0.2)
+#=   LINK_FROM                      images elsewhere that are only read, linked into DATA
 #=   EPOCHS LR PATIENCE BATCH_SIZE  training
 #=   VIEWS WINDOW ARCH WEIGHTS      variants and window of an image; network; imagenet, random or a file
 #=   SEED DEVICE WORKERS GPUS       seed; cpu, cuda, mps; decoding processes; GPUS=4 shares the pass
@@ -47,7 +48,7 @@ other_python := $(if $(filter command environment,$(origin PYTHON)),$(filter-out
 	@touch $@
 install: .venv/installed  ## make .venv with the packages of requirements.txt
 
-split: install  ## move images from train/ into val/, whole patients (ARGS=--undo puts them back)
+split: install  ## move whole patients from train/ to val/, with TEST=50 also to test/ (ARGS=--undo: val/ back to train/)
 	$(PY) split_val.py $(split_flags) $(ARGS)
 check: install  ## look for leaks, duplicates and shortcuts in the data
 	$(PY) split_val.py --check $(data_flags) $(ARGS)
@@ -59,8 +60,8 @@ evaluate: install  ## score the test images: metrics, predictions, pictures
 	$(PY) evaluate.py $(run_flags) $(ARGS)
 predict: install  ## classify IMAGES="scan.png folder/"
 	$(PY) evaluate.py $(run_flags) $(ARGS) $(if $(IMAGES),$(IMAGES),$(error which images? make predict IMAGES="scan.png folder/"))
-all: install  ## split, train, evaluate
-	$(PY) split_val.py $(split_flags)
+all: install  ## check, split, train, evaluate
+	$(PY) split_val.py $(split_flags) --check-first $(filter --skip-bad,$(ARGS))
 	$(launch) train.py $(train_flags) $(ARGS)
 	$(PY) evaluate.py $(run_flags)
 

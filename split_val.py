@@ -29,6 +29,7 @@ from cxr.files import check_writable, sync_folder, write_json
 from cxr.folders import (
     SPLIT_FILES,
     check_split_classes,
+    list_split,
     list_val,
     names_by_class,
     read_split_record,
@@ -46,14 +47,15 @@ NUMBER_OF = {"test": ("--test", "TEST"), "val": ("--per-class", "PER_CLASS")}  #
 # ---------------------------------------------------------------- the plan
 
 
-def plan_splits(data_dir, numbers, seed, classes):
+def plan_splits(data_dir, numbers, seed, classes, skip_bad=False):
     """Plans which images move from train/ to other splits. Writes nothing.
 
-    numbers: {split: images per class, a share of each class, or None for the default}.
+    numbers: {split: images per class, a share of each class, or None for the default}; skip_bad:
+    leave images that cannot be read in train/.
     Returns {split: (content of its record, the Xrays that move)}. Raises Failure if such splits
     are impossible.
     """
-    train, others = read_images(data_dir, numbers, classes)
+    train, others = read_images(data_dir, numbers, classes, skip_bad)
     n_unknown = sum(xray.patient is None for xray in train)
     plans = {}
     for split, n in numbers.items():
@@ -73,19 +75,19 @@ def plan_splits(data_dir, numbers, seed, classes):
     return plans
 
 
-def read_images(data_dir, planned, classes):
+def read_images(data_dir, planned, classes, skip_bad):
     """Returns the Xrays of train/, and those of the splits that exist and are not planned.
 
-    Raises Failure if an image cannot be read.
+    Raises Failure if an image cannot be read; with skip_bad, leaves it out.
     """
     # read_split finds images and patients that train/ shares with another split.
     others = [name for name in SPLIT_FILES if name not in planned and (data_dir / name).exists()]
     xrays = read_split(data_dir, "train", *others, classes=classes)
     unreadable = [xray.path for xray in xrays if not xray.sha256]
-    if unreadable:
+    if unreadable and not skip_bad:
         n = len(unreadable)
         raise Failure(f"{unreadable[0]}: cannot be read ({n} such images); repair or remove it")
-    train = [xray for xray in xrays if xray.split == "train"]
+    train = [xray for xray in xrays if xray.split == "train" and xray.sha256]
     return train, [xray for xray in xrays if xray.split != "train"]
 
 
@@ -96,8 +98,7 @@ def plan_split(train, split, n, seed, classes, n_stay=1):
     n_stay: images of each class that must stay. Raises Failure if such a split is impossible.
     """
     present = names_by_class([xray.path for xray in train], classes)
-    n_smaller = min(len(names) for names in present.values())
-    default = max(1, min(n_smaller // 3, MAX_DEFAULT))
+    default = default_number(present)
     if n is None:
         n = default
     limits = dict.fromkeys(classes, n)
@@ -106,8 +107,9 @@ def plan_split(train, split, n, seed, classes, n_stay=1):
     flag, variable = NUMBER_OF[split]
     if any(limits[name] + n_stay > len(files) for name, files in present.items()):
         advice = "Add images, or move fewer"
-        if n_smaller > n_stay:
-            fewer = as_typed(flag, variable, min(default, n_smaller - n_stay))
+        most = min(len(files) for files in present.values()) - n_stay
+        if most >= 1:
+            fewer = as_typed(flag, variable, min(default, most))
             advice = f"Use fewer, for example {fewer}"
         raise Failure(
             f"{flag} {n}: train/ has {counts_in_words(present)} images, and at least {n_stay} of "
@@ -129,6 +131,12 @@ def plan_split(train, split, n, seed, classes, n_stay=1):
         "patients": len({xray.group for xray in chosen}),
     }
     return record, chosen
+
+
+def default_number(names):
+    """Returns how many images of each class move by default. names: {class: file names}."""
+    n_smaller = min(len(files) for files in names.values())
+    return max(1, min(n_smaller // 3, MAX_DEFAULT))
 
 
 def choose_patients(xrays, limits, seed, classes):
@@ -210,9 +218,11 @@ def split(args):
         if args.test is None and read_split_record(data_dir, "test") is None:
             del numbers["test"]
         missing = {name: n for name, n in numbers.items() if not complete_split(args, name, n)}
+        if args.check_first:
+            check_before_split(args)
         if not missing:
             return
-        plans = plan_splits(data_dir, missing, args.seed, classes)
+        plans = plan_splits(data_dir, missing, args.seed, classes, args.skip_bad)
         moves = {}
         for name, (record, _) in plans.items():
             moves[name] = list_moves(data_dir, record["moved"], "train", name)
@@ -299,10 +309,23 @@ def undo(args):
         warn(f"{n_left} images in {folder} were not part of the split, so they stay there")
 
 
+def examine_data(args):
+    """Examines the data, prints the report and returns it."""
+    # Imported late: a split needs neither SciPy nor scikit-learn.
+    from cxr.check import examine, print_report
+
+    report = examine(args.data_dir, SIZE, args.classes)
+    if args.skip_bad:
+        unreadable = [f"{file}: {reason}" for file, reason in report["unreadable"]]
+        report["errors"] = [text for text in report["errors"] if text not in unreadable]
+        report["warnings"] = unreadable + report["warnings"]
+    print_report(report, SIZE)
+    return report
+
+
 def check(args):
     """Prints what is wrong with the data. Raises Failure if there are errors."""
-    # Imported late: a split needs neither SciPy nor scikit-learn.
-    from cxr.check import count_of, examine, print_report
+    from cxr.check import count_of  # imported late, as above
 
     if args.json and args.json.name in SPLIT_FILES.values():
         raise Failure(f"--json {args.json}: the record of a split has this name; choose another")
@@ -310,13 +333,28 @@ def check(args):
         check_writable(args.json)
     check_split_classes(args.data_dir, args.classes)
     with lock(args.data_dir):
-        report = examine(args.data_dir, SIZE, args.classes)
-    print_report(report, SIZE)
+        report = examine_data(args)
     if args.json:
         write_json(args.json, report)
     if report["errors"]:
         n_errors = count_of(report["errors"], "error")
         raise Failure(f"{args.data_dir}: {n_errors} in the data, see above")
+
+
+def check_before_split(args):
+    """Raises Failure if there are no test images. Before the first split, also checks the data."""
+    data_dir, classes = args.data_dir, args.classes
+    if args.test is None and not any(list_val(data_dir, classes, "test").values()):
+        images = list_split(data_dir, "train", classes)
+        n = default_number(names_by_class([path for path, _ in images], classes))
+        what = "expected images to test on, found none"
+        advice = f"run split_val.py --test {n} (make all TEST={n})"
+        raise Failure(f"{data_dir / 'test'}: {what}. To take whole patients from train/, {advice}")
+    if read_split_record(data_dir, "val") is None and examine_data(args)["errors"]:
+        raise Failure(
+            f"{data_dir}: errors in the data, see above; no image was moved. To go on without "
+            "this check, run make split, make train and make evaluate, with the same variables"
+        )
 
 
 # ---------------------------------------------------------------- command line
@@ -346,6 +384,8 @@ def parse_args(argv=None):
         help="move the images of val/ back into train/; --undo test: those of test/")
     verb.add_argument("--check", action="store_true",
         help="report what is wrong with the data, and move nothing")
+    verb.add_argument("--check-first", action="store_true",
+        help="before the first split, do the same, and stop if there are errors or no test images")
     data.add_argument("--per-class", type=number(int, 1), default=none, metavar="N",
         help="images of each class for val/ (default: a third of the smaller class, at most "
              f"{MAX_DEFAULT})")
@@ -357,6 +397,7 @@ def parse_args(argv=None):
     output.add_argument("--json", type=Path, default=none, metavar="FILE",
         help="with --check: also write the whole report to this file")
     # fmt: on
+    add_flags(data, "--skip-bad")
     add_flags(machine, "--debug")
     args = parser.parse_args(argv)
     if args.json and not args.check:

@@ -33,12 +33,23 @@ COMMANDS = {
     "train GPUS=4": ["-m torch.distributed.run --standalone --nproc-per-node 4 train.py"],
     "train EPOCHS=3 DATA='/chest x'": ["train.py --data-dir '/chest x' --epochs '3'"],
     "all CLASSES='NORMAL TUBERCULOSIS'": [
-        f"{script}.py --classes NORMAL TUBERCULOSIS"
-        for script in ("split_val", "train", "evaluate")
+        "split_val.py --classes NORMAL TUBERCULOSIS --check-first",
+        "train.py --classes NORMAL TUBERCULOSIS",
+        "evaluate.py --classes NORMAL TUBERCULOSIS",
     ],
     "check CLASSES=\"'no finding' TB\"": ["split_val.py --check --classes 'no finding' TB"],
-    "all PER_CLASS=8": ["split_val.py --per-class '8'", "train.py", "evaluate.py"],
-    "all RUN=wide": ["split_val.py", f"train.py {RUN}", f"evaluate.py {RUN}"],
+    "all PER_CLASS=8 TEST=0.2": [
+        "split_val.py --per-class '8' --test '0.2' --check-first",
+        "train.py",
+        "evaluate.py",
+    ],
+    "split TEST=50": ["split_val.py --test '50'"],
+    "all RUN=wide ARGS='--seeds 5 --skip-bad'": [
+        "split_val.py --check-first --skip-bad",
+        f"train.py {RUN} --seeds 5 --skip-bad",
+        f"evaluate.py {RUN}",
+    ],
+    "all RUN=wide": ["split_val.py --check-first", f"train.py {RUN}", f"evaluate.py {RUN}"],
     "train RUN=wide MODEL=x.pth": [f"train.py {RUN}".replace("runs/wide/model.pth", "x.pth")],
     "evaluate RUN=wide ARGS='--from x'": [
         "evaluate.py --checkpoint 'runs/wide/model.pth' --from x"

@@ -1,8 +1,9 @@
-"""split_val.py --test: a test set of one's own, beside the validation set, and its undo."""
+"""split_val.py --test and --check-first: a test set of one's own, and the check before a split."""
 
 import itertools
 import os
 import random
+import shutil
 
 import pytest
 from faults import put
@@ -257,3 +258,59 @@ def test_other_classes_than_those_of_the_test_set_are_refused(alone, capsys):
     assert "was split with --classes NORMAL PNEUMONIA" in line
     assert run_split(alone, "--undo", "test", "--classes", "A", "B") == 0  # the record knows them
     assert os.listdir(alone) == ["train"]
+
+
+def test_without_a_test_set_the_check_first_names_the_command_that_makes_one(alone, capsys):
+    line = split_refused(alone, capsys, "--check-first")
+    assert f"{alone / 'test'}: expected images to test on, found none" in line
+    assert "split_val.py --test 8 (make all TEST=8)" in line
+    assert run_split(alone, "--per-class", 4) == 0
+    for name in CLASSES:
+        (alone / "test" / name).mkdir(parents=True)  # as in the README, but empty
+    line = split_refused(alone, capsys, "--check-first")
+    assert "split_val.py --test 6 (make all TEST=6)" in line
+    assert run_split(alone, "--test", 6, "--check-first") == 0
+
+
+def test_the_check_first_names_a_missing_train_and_not_a_command_that_cannot_help(tmp_path, capsys):
+    (tmp_path / "val").mkdir()
+    assert f"{tmp_path / 'train'}: no such folder" in split_refused(
+        tmp_path, capsys, "--check-first"
+    )
+
+
+@pytest.fixture
+def phantoms(data):
+    """A copy of split_phantoms with only train/, 32 images of each class."""
+    shutil.rmtree(data / "test")
+    assert run_split(data, "--undo") == 0
+    return data
+
+
+def test_the_check_first_stops_before_the_first_move_and_says_how_to_go_on(phantoms, capsys):
+    put(phantoms / "train/NORMAL/bad.jpeg", b"not an image")
+    line = split_refused(phantoms, capsys, "--check-first", "--test", 5)
+    assert "no image was moved" in line and "run make split, make train and make evaluate" in line
+    assert run_split(phantoms, "--check-first", "--test", 5, "--skip-bad") == 0
+    out = capsys.readouterr().out
+    assert "warning: train/NORMAL/bad.jpeg: not an image" in out and "0 errors" in out
+    assert sizes(phantoms, "test") == [5, 5] and (phantoms / "split_val.json").exists()
+    assert run_split(phantoms, "--check-first") == 0  # there is a split: the check does not run
+    assert "0 errors" not in capsys.readouterr().out
+
+
+def test_the_check_first_runs_after_the_links_are_made(phantoms, tmp_path, capsys):
+    put(phantoms / "train/NORMAL/bad.jpeg", b"not an image")
+    links = tmp_path / "links"
+    assert run_split(links, "--link-from", phantoms, "--test", 5, "--check-first") == 2
+    assert "no image was moved" in capsys.readouterr().err
+    assert sizes(links, "train") == [33, 32]
+    assert not list(links.glob("split_*")) and not (links / "test").exists()
+    assert run_split(links, "--test", 5) == 0
+
+
+def test_skip_bad_leaves_a_broken_link_in_train(alone, capsys):
+    put(alone / "train/NORMAL/IM-0099-0001.jpeg", "nowhere.jpeg")
+    assert "IM-0099-0001.jpeg: cannot be read" in split_refused(alone, capsys, "--test", 20)
+    assert run_split(alone, "--test", 20, "--skip-bad") == 0
+    assert (alone / "train/NORMAL/IM-0099-0001.jpeg").is_symlink()
