@@ -29,7 +29,7 @@ from cxr.bootstrap import DRAWS, INTERVALS
 from cxr.checkpoint import read_state_dict
 from cxr.cli import Parser, add_flags, add_network_flags, class_name, number, run
 from cxr.compare import compare, match_predictions
-from cxr.errors import UNDO, Failure, as_typed, warn
+from cxr.errors import Failure, as_typed, warn
 from cxr.files import check_writable, hash_file, read_json, versions, write_json
 from cxr.films import lateral_warnings
 from cxr.folders import CLASSES, SPLITS, find_other_classes, image_suffixes, in_words, list_images
@@ -526,9 +526,9 @@ def check_test_exists(args):
         return
     saved = f"{args.checkpoint} is saved. " if args.checkpoint.exists() else ""
     raise Failure(
-        f"{folder}: no such folder, expected images to test on. {saved}Run {UNDO}, "
-        "move whole patients from train/ to test/, then split and train again. To score val/ "
-        "instead, which is no test result, use --split val (make evaluate ARGS='--split val')"
+        f"{folder}: no such folder, expected images to test on. {saved}To take whole patients "
+        "from train/ and to train again, run make all TEST=0.2 (split_val.py --test 0.2). To score "
+        "val/ instead, which is no test result, use --split val (make evaluate ARGS='--split val')"
     )
 
 

@@ -165,6 +165,7 @@ def test_without_test_images_there_is_advice(data, run_train, run_evaluate, tmp_
     assert run_evaluate("--data-dir", data, "--checkpoint", tmp_path / "model.pth") == 2
     err = capsys.readouterr().err
     assert f"{tmp_path / 'model.pth'} is saved" in err and "--split val" in err
+    assert "make all TEST=0.2 (split_val.py --test 0.2)" in err
 
 
 def test_new_images_have_a_table_of_their_own(run_evaluate, data, tmp_path, capsys):
