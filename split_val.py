@@ -29,8 +29,8 @@ from cxr.files import check_writable, sync_folder, write_json
 from cxr.folders import (
     SPLIT_FILES,
     check_split_classes,
+    list_names,
     list_split,
-    list_val,
     names_by_class,
     read_split_record,
 )
@@ -239,7 +239,7 @@ def complete_split(args, name, n):
     n: images per class or share of each class that the flags ask for, None for the default.
     """
     data_dir = args.data_dir
-    record, images = read_split_record(data_dir, name), list_val(data_dir, args.classes, name)
+    record, images = read_split_record(data_dir, name), list_names(data_dir, name, args.classes)
     if record is None:
         if any(images.values()):
             keep_existing(data_dir, name, images)
@@ -289,7 +289,7 @@ def undo(args):
     with lock(data_dir):
         record = read_split_record(data_dir, name)
         classes = record["classes"] if record else args.classes
-        images = list_val(data_dir, classes, name)
+        images = list_names(data_dir, name, classes)
         if record is None and not any(images.values()):
             print(f"{data_dir}: there is no split to undo in {name}/")
             return
@@ -303,7 +303,7 @@ def undo(args):
                 path.rmdir()
         Path(data_dir, SPLIT_FILES[name]).unlink(missing_ok=True)
         sync_folder(data_dir)
-        n_left = sum(len(files) for files in list_val(data_dir, classes, name).values())
+        n_left = sum(len(files) for files in list_names(data_dir, name, classes).values())
     print(f"Moved {len(moves)} images back from {folder} to {data_dir / 'train'}")
     if n_left:
         warn(f"{n_left} images in {folder} were not part of the split, so they stay there")
@@ -344,7 +344,7 @@ def check(args):
 def check_before_split(args):
     """Raises Failure if there are no test images. Before the first split, also checks the data."""
     data_dir, classes = args.data_dir, args.classes
-    if args.test is None and not any(list_val(data_dir, classes, "test").values()):
+    if args.test is None and not any(list_names(data_dir, "test", classes).values()):
         images = list_split(data_dir, "train", classes)
         n = default_number(names_by_class([path for path, _ in images], classes))
         what = "expected images to test on, found none"

@@ -15,7 +15,7 @@ from cxr.duplicates import find_nearly_same, find_negatives, find_same
 from cxr.errors import LIST_ALL, Failure, is_system_error
 from cxr.files import read_csv
 from cxr.films import find_kinds, find_unusual
-from cxr.folders import check_split_is_complete, list_splits, list_val
+from cxr.folders import check_split_is_complete, list_names, list_splits
 from cxr.leaks import find_shared_patients
 from cxr.patients import Xray, identify_all, read_metadata
 from cxr.shortcuts import find_properties, find_shortcuts, image_numbers
@@ -67,7 +67,7 @@ def list_xrays(data_dir, classes):
     """Returns (splits that exist, their Xrays). Raises Failure as list_split does."""
     check_split_is_complete(data_dir)
     splits = ["train"]
-    if any(list_val(data_dir, classes).values()):
+    if any(list_names(data_dir, "val", classes).values()):
         splits.append("val")
     if (data_dir / "test").exists():
         splits.append("test")

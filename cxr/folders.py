@@ -209,11 +209,8 @@ def moved_images(data_dir):
     return moved
 
 
-def list_val(data_dir, classes, split="val"):
-    """Returns {class: names of its images in val/}. A missing folder counts as empty.
-
-    split: "test" for the images in test/.
-    """
+def list_names(data_dir, split, classes):
+    """Returns {class: names of its images in this split}. A missing folder counts as empty."""
     root = data_dir / split
     if root.is_dir():
         check_only_classes(root, classes)
