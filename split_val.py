@@ -51,7 +51,7 @@ def plan_splits(data_dir, numbers, seed, classes, skip_bad=False):
     """Plans which images move from train/ to other splits. Writes nothing.
 
     numbers: {split: images per class, a share of each class, or None for the default}; skip_bad:
-    leave images that cannot be read in train/.
+    images that cannot be read are no error.
     Returns {split: (content of its record, the Xrays that move)}. Raises Failure if such splits
     are impossible.
     """
@@ -78,7 +78,7 @@ def plan_splits(data_dir, numbers, seed, classes, skip_bad=False):
 def read_images(data_dir, planned, classes, skip_bad):
     """Returns the Xrays of train/, and those of the splits that exist and are not planned.
 
-    Raises Failure if an image cannot be read; with skip_bad, leaves it out.
+    Without skip_bad, raises Failure if an image cannot be read.
     """
     # read_split finds images and patients that train/ shares with another split.
     others = [name for name in SPLIT_FILES if name not in planned and (data_dir / name).exists()]
@@ -87,7 +87,7 @@ def read_images(data_dir, planned, classes, skip_bad):
     if unreadable and not skip_bad:
         n = len(unreadable)
         raise Failure(f"{unreadable[0]}: cannot be read ({n} such images); repair or remove it")
-    train = [xray for xray in xrays if xray.split == "train" and xray.sha256]
+    train = [xray for xray in xrays if xray.split == "train"]
     return train, [xray for xray in xrays if xray.split != "train"]
 
 

@@ -309,8 +309,11 @@ def test_the_check_first_runs_after_the_links_are_made(phantoms, tmp_path, capsy
     assert run_split(links, "--test", 5) == 0
 
 
-def test_skip_bad_leaves_a_broken_link_in_train(alone, capsys):
-    put(alone / "train/NORMAL/IM-0099-0001.jpeg", "nowhere.jpeg")
-    assert "IM-0099-0001.jpeg: cannot be read" in split_refused(alone, capsys, "--test", 20)
-    assert run_split(alone, "--test", 20, "--skip-bad") == 0
-    assert (alone / "train/NORMAL/IM-0099-0001.jpeg").is_symlink()
+def test_with_skip_bad_a_broken_link_stays_with_the_other_images_of_its_patient(alone, capsys):
+    for patient in range(12):  # each has images in make_tree, too
+        put(alone / f"train/NORMAL/IM-{patient:04d}-9999.jpeg", "nowhere.jpeg")
+    assert "-9999.jpeg: cannot be read (12 such" in split_refused(alone, capsys, "--test", 9)
+    assert run_split(alone, "--test", 9, "--skip-bad") == 0
+    patients = patients_in(alone)
+    assert not patients["train"] & patients["test"]
+    assert len(list(alone.glob("*/NORMAL/*-9999.jpeg"))) == 12
