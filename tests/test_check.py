@@ -141,6 +141,20 @@ def test_the_check_reports_every_planted_fault_and_nothing_else(fair, capsys):
     assert list(errors) == list(warnings) == []
 
 
+def test_a_crop_is_similar_and_neither_an_error_nor_a_warning(fair, capsys):
+    source = sorted((fair / "train" / "NORMAL").iterdir())[0]
+
+    def crop(image):
+        return image.crop((3, 3, 221, 221)).resize(image.size)
+
+    pair = plant(source, fair / "test" / "NORMAL", crop)
+    report, screen = run_check(fair, capsys)
+    similar = {tuple(sorted(files)): similarity for *files, similarity in report["similar"]}
+    assert pair in similar and all(0.55 <= similarity < 1 for similarity in similar.values())
+    assert report["errors"] == report["warnings"] == [] and report["not_compared"] == 0
+    assert f"similar images that are no copies: {len(similar)} pairs. They may" in screen
+
+
 @pytest.mark.parametrize(("split", "expected"), [("val", (0, 2)), ("test", (2, 0))])
 def test_what_val_shares_is_a_warning_and_what_test_shares_an_error(fair, capsys, split, expected):
     assert run_split(fair, "--per-class", 10) == 0

