@@ -174,6 +174,10 @@ def print_single_numbers(report):
     print(f"\nShortcuts: how well a simple measurement separates the classes of {split}/ without a")
     print(f"network, fitted on {fitted_on}. If the rule is true, {classes[1]} is predicted.")
     print("! marks an alarm.")
+    n, n_all = report["shortcut_images"], sum(report["images"].values())
+    if n < n_all:
+        print(f"Shortcuts and shift are measured on {n:,} of the {n_all:,} images: those of whole")
+        print("patients, which were drawn at random (the same in each run).")
     for row in report["shortcuts"]:
         scores = f"accuracy {row['accuracy']:.3f} (n {row['n']})   AUROC {row['auroc']:.3f}"
         mark = " !" if row["alarm"] else ""

@@ -24,6 +24,8 @@ from cxr.scores import aurocs
 
 ALARM = 0.7  # AUROC from which a number matters: customary for "acceptable" discrimination
 MAX_IMAGES = 2000  # training images that are read for the baselines; milliseconds each
+MANY = 5000  # images of a data folder above which shortcuts and shift are scored on a subset
+SUBSET = 2000  # images of this subset
 
 # The outer 3 of 32 pixels on each side, where there is no lung.
 BORDER = np.pad(np.zeros((26, 26), bool), 3, constant_values=True).ravel()
@@ -255,12 +257,36 @@ def find_properties(examined):
     return entries, [], warnings
 
 
+def choose_subset(examined, scored_on):
+    """Chooses whole patients at random, with about SUBSET images. Returns their images, in order.
+
+    The scored split and the other splits get the same share of the images, and so do the classes of
+    each: shortcuts are fitted on the others, and a shift is scored for each class. What a group
+    cannot fill is left to the larger ones.
+    """
+    patients = np.array([x.patient for x in examined])
+    groups = np.array([2 * (x.xray.split == scored_on) + x.xray.label for x in examined])
+    names, sizes = np.unique(groups, return_counts=True)
+    rng, chosen, n_left = np.random.default_rng(0), [], SUBSET
+    for i, k in enumerate(np.argsort(sizes)):
+        of_group, counts = np.unique(patients[groups == names[k]], return_counts=True)
+        order = rng.permutation(len(of_group))
+        n_images = np.cumsum(counts[order])
+        n_patients = np.searchsorted(n_images, n_left // (len(names) - i)) + 1
+        chosen.append(of_group[order[:n_patients]])
+        n_left -= n_images[:n_patients][-1]
+    is_chosen = np.isin(patients, np.concatenate(chosen))
+    return [examined[row] for row in np.flatnonzero(is_chosen)]
+
+
 def find_shortcuts(examined, scored_on, classes):
     """Scores how well the numbers predict the class, and which split an image is in.
 
-    examined: list of cxr.check.ExaminedXray; scored_on: the split that is scored.
-    Returns (entries of the check's report, errors, warnings).
+    examined: list of cxr.check.ExaminedXray; scored_on: the split that is scored. Of more than MANY
+    images, only a subset is used. Returns (entries of the check's report, errors, warnings).
     """
+    if len(examined) > MANY:
+        examined = choose_subset(examined, scored_on)
     # Thumbnails have 96 x 96 pixels. The means of 3 x 3 give 32 x 32.
     blocks = np.stack([x.thumbnail for x in examined]).reshape(-1, 32, 3, 32, 3)
     pixels = blocks.mean((2, 4), dtype=np.float32).reshape(-1, 1024)
@@ -289,7 +315,8 @@ def find_shortcuts(examined, scored_on, classes):
                 f"{describe_alarms(alarms)} them. Report also the cross-validated result "
                 "(train.py --folds 5, make cv)"
             )
-    return {"shortcuts": shortcuts, "shift": shift}, [], warnings
+    entries = {"shortcuts": shortcuts, "shift": shift, "shortcut_images": len(examined)}
+    return entries, [], warnings
 
 
 def describe_alarms(numbers):

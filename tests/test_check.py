@@ -11,6 +11,7 @@ from phantoms import draw_folder, draw_phantom
 from PIL import Image, ImageEnhance, ImageOps
 
 import cxr.check
+import cxr.shortcuts
 from cxr.files import hash_file, read_json
 from cxr.folders import CLASSES
 from cxr.patients import patient_from_name
@@ -178,6 +179,20 @@ def test_the_check_reports_planted_shortcuts_and_shift_and_nothing_else(fair, ca
     assert shift == {(name, "JPEG quality") for name in CLASSES}
     assert len(report["warnings"]) == 3
     assert screen.replace("! marks an alarm", "").count(" !") == 3  # the same alarms
+
+
+def test_of_many_images_a_subset_is_scored_and_the_report_says_so(fair, capsys, monkeypatch):
+    report, screen = run_check(fair, capsys)
+    assert report["shortcut_images"] == 120 and "drawn at random" not in screen
+    for path in sorted(fair.glob("*/NORMAL/*")):
+        Image.open(path).save(path, quality=60)
+    monkeypatch.setattr(cxr.shortcuts, "MANY", 100)
+    monkeypatch.setattr(cxr.shortcuts, "SUBSET", 60)
+    report, screen = run_check(fair, capsys)
+    assert report["shortcut_images"] == 60 and "measured on 60 of the 120 images" in screen
+    row = next(row for row in report["shortcuts"] if row["number"] == "JPEG quality")
+    assert row["auroc"] == 1 and row["n"] == 30 and row["alarm"]
+    assert sum(report["images"].values()) == 120
 
 
 def test_with_train_alone_a_shortcut_is_scored_on_other_patients(fair, capsys):

@@ -1,6 +1,9 @@
 """cxr/shortcuts.py: how well one number of an image predicts its class without a network."""
 
+import random
 import shutil
+from argparse import Namespace
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -98,6 +101,43 @@ def test_a_number_that_separates_the_classes_is_scored_on_the_other_images():
     assert rows[0]["auroc"] > 0.95 and rows[0]["accuracy"] > 0.9
     assert "constant" not in [row["number"] for row in rows]
     assert [row["auroc"] for row in rows] == sorted((row["auroc"] for row in rows), reverse=True)
+
+
+def list_examined(counts, per_patient):
+    """Returns what choose_subset needs. counts: {(split, label): number of images}."""
+    images = []
+    for (split, label), n in counts.items():
+        for i in range(n):
+            patient = f"{split}{i // per_patient}"  # has images of both classes
+            xray = Namespace(split=split, label=label)
+            images.append(Namespace(patient=patient, xray=xray, file=f"{split}/{label}/{i}"))
+    return images
+
+
+@pytest.mark.parametrize("per_patient", [1, 7])
+def test_a_subset_has_whole_patients_and_equal_parts_of_each_class_and_split(per_patient):
+    sizes = {("train", 0): 9000, ("train", 1): 2000, ("val", 0): 700, ("test", 0): 4000}
+    images = list_examined(sizes | {("test", 1): 50}, per_patient)
+    random.Random(0).shuffle(images)
+    subset = shortcuts.choose_subset(images, "test")
+    patients = {x.patient for x in subset}
+    assert subset == [x for x in images if x.patient in patients]
+    assert subset == shortcuts.choose_subset(images, "test")
+    groups = Counter((x.xray.split == "test", x.xray.label) for x in subset)
+    assert groups[True, 1] == 50  # all
+    assert all(groups[group] >= 640 for group in [(True, 0), (False, 0), (False, 1)])
+    assert any(x.xray.split == "val" for x in subset)
+    assert len(subset) >= 2000  # more, because a patient has images in several groups
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_subset_of_one_split_or_of_one_huge_patient_has_all_groups(split):
+    images = list_examined({("train", 0): 6000, ("train", 1): 6000}, 1)
+    subset = shortcuts.choose_subset(images, split)
+    assert {x.xray.label for x in subset} == {0, 1} and 1000 <= len(subset) <= 4000
+    images += list_examined({("test", 0): 3000, ("test", 1): 30}, 3000)
+    subset = shortcuts.choose_subset(images, split)
+    assert len({(x.xray.split, x.xray.label) for x in subset}) == 4
 
 
 def draw_set(folder, counts, brightness=(128, 128), width=(16, 16), seed=0):
