@@ -56,6 +56,7 @@ def test_the_size_of_a_block_changes_nothing(block, monkeypatch):
     expected = find_near_duplicates(thumbnails)
     assert len(expected.copies) == 7  # image 2 has both copies
     monkeypatch.setattr(duplicates, "BLOCK", block)
+    monkeypatch.setattr(duplicates, "BATCH", 3)
     found = find_near_duplicates(thumbnails)
     assert found.copies.keys() == expected.copies.keys()
     for pair, (correlation, change) in found.copies.items():
@@ -63,7 +64,7 @@ def test_the_size_of_a_block_changes_nothing(block, monkeypatch):
     assert {pair[:2] for pair in found.similar} == {pair[:2] for pair in expected.similar}
 
 
-@pytest.mark.parametrize("block", [4, 512])
+@pytest.mark.parametrize("block", [4, 2048])
 def test_beyond_the_limit_the_most_similar_pairs_are_compared_and_the_others_counted(
     block, monkeypatch
 ):
