@@ -29,7 +29,6 @@ from torch.fx.experimental.optimization import fuse
 from torch.utils.data import Dataset
 from torchvision.models import get_model, get_model_builder, get_model_weights, list_models
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 from cxr.cache import Cache, allocate
 from cxr.checkpoint import strip_prefix
@@ -42,6 +41,7 @@ from cxr.errors import (
     is_system_error,
     progress,
     rank_and_world,
+    show_progress,
     warn,
 )
 from cxr.loader import load_batches
@@ -371,7 +371,7 @@ def run_network(backbone, views, batch_size, workers, device, dtype, compiled):
     if len(views) == 0:
         return
     total = len(views) * views.n_views
-    bar, start = show_progress(total), time.perf_counter()
+    bar, start = show_progress("Features", total, " views"), time.perf_counter()
     # Beside a GPU, this process only handles small tensors. With several threads, those that are
     # idle would take the cores from the worker processes.
     threads = contextlib.nullcontext() if device.type == "cpu" else one_thread()
@@ -431,29 +431,15 @@ class CopyToCpu:
 
     def __init__(self, tensor):
         self.tensor = tensor.to("cpu", non_blocking=tensor.is_cuda)
-        self.event = torch.cuda.current_stream().record_event() if tensor.is_cuda else None
+        self.event = None
+        if tensor.is_cuda:
+            self.event = torch.cuda.current_stream(tensor.device).record_event()
 
     def wait(self):
         """Waits until the copy is complete, and returns it."""
         if self.event:
             self.event.synchronize()
         return self.tensor
-
-
-def show_progress(total):
-    """Returns a tqdm bar of `total` views. In a log file, it is one line every 30 seconds."""
-    is_terminal = sys.stderr.isatty()
-    interval = 0.1 if is_terminal else 30
-    return tqdm(
-        desc="Features",
-        total=total,
-        unit=" views",
-        mininterval=interval,
-        miniters=1,  # otherwise tqdm chooses a number, and prints more often than that
-        delay=0 if is_terminal else interval,  # a short pass prints nothing into a log file
-        ascii=None if is_terminal else True,  # None: tqdm looks at the encoding
-        disable=rank_and_world()[0] > 0,
-    )
 
 
 def wait_for_all_ranks():

@@ -1,6 +1,6 @@
 """The modules that the scripts use. Each has one subject, and imports only from levels above it.
 
-errors       errors that the user can fix, warnings and progress lines
+errors       errors that the user can fix, warnings, progress lines and bars
 decode       decodes an image file into a grey picture
 machine      cores, memory and shared memory that this process may use
 novelty      detects images unlike the training images

@@ -1,4 +1,4 @@
-"""Errors that the user can fix, warnings and progress lines.
+"""Errors that the user can fix, warnings, progress lines and progress bars.
 
 A script that fails prints one line on stderr, and its exit code says why: 2 the user's input, 3 a
 number that is not finite, 4 resources (disk, memory, device), 130 Ctrl-C, 143 SIGTERM.
@@ -10,6 +10,8 @@ import errno
 import os
 import shlex
 import sys
+
+from tqdm import tqdm
 
 LIST_ALL = "--check --json check.json (make check ARGS='--json check.json') lists all"
 UNDO = "split_val.py --undo (make split ARGS=--undo)"
@@ -68,6 +70,25 @@ def progress(message):
     # After `| head`, or when the terminal was closed: a progress line must not end the work.
     with contextlib.suppress(OSError):
         print(message, flush=True)
+
+
+def show_progress(title, total, unit):
+    """Returns a tqdm bar with the time left. In a log file, it is one line every 30 seconds.
+
+    unit: what is counted, with a space in front: " views".
+    """
+    is_terminal = sys.stderr.isatty()
+    interval = 0.1 if is_terminal else 30
+    return tqdm(
+        desc=title,
+        total=total,
+        unit=unit,
+        mininterval=interval,
+        miniters=1,  # otherwise tqdm chooses a number, and prints more often than that
+        delay=0 if is_terminal else interval,  # a short task prints nothing into a log file
+        ascii=None if is_terminal else True,  # None: tqdm looks at the encoding
+        disable=rank_and_world()[0] > 0,
+    )
 
 
 def warn(message):
