@@ -12,7 +12,7 @@ import PIL.Image
 
 from cxr.decode import explain_unreadable
 from cxr.duplicates import find_nearly_same, find_negatives, find_same
-from cxr.errors import LIST_ALL, Failure, is_system_error
+from cxr.errors import LIST_ALL, Failure, is_system_error, show_progress
 from cxr.files import read_csv
 from cxr.films import find_kinds, find_unusual
 from cxr.folders import check_split_is_complete, list_names, list_splits
@@ -63,6 +63,16 @@ def examine_image(xray, size):
     )
 
 
+def examine_images(xrays, size):
+    """Decodes images, and shows the progress. Returns the result of examine_image for each."""
+    results = []
+    with ThreadPoolExecutor() as pool, show_progress("Reading", len(xrays), " images") as bar:
+        for result in pool.map(partial(examine_image, size=size), xrays):
+            results.append(result)
+            bar.update()
+    return results
+
+
 def list_xrays(data_dir, classes):
     """Returns (splits that exist, their Xrays). Raises Failure as list_split does."""
     check_split_is_complete(data_dir)
@@ -88,8 +98,7 @@ def examine(data_dir, size, classes):
     size: see cxr.decode.decode. Raises Failure if no image of a class folder can be read.
     """
     splits, xrays = list_xrays(data_dir, classes)
-    with ThreadPoolExecutor() as pool:
-        results = list(pool.map(partial(examine_image, size=size), xrays))
+    results = examine_images(xrays, size)
     examined = [result for result in results if isinstance(result, ExaminedXray)]
     unreadable = [result for result in results if not isinstance(result, ExaminedXray)]
     n_images = Counter(x.folder for x in examined)

@@ -27,7 +27,7 @@ import numpy as np
 from scipy import fft
 from scipy.ndimage import gaussian_filter, gaussian_filter1d
 
-from cxr.errors import LIST_ALL
+from cxr.errors import LIST_ALL, show_progress
 from cxr.leaks import is_leak
 
 SIMILAR_LIMIT = 0.55  # similarity of the descriptions from which a pair is compared in detail
@@ -142,32 +142,52 @@ def find_near_duplicates(thumbnails):
     return Pairs(copies, similar, n_not_compared)
 
 
+def describe_all(thumbnails):
+    """Describes all images, and shows the progress. Returns the results of split_by_symmetry."""
+    described = []
+    with show_progress("Describing", len(thumbnails), " images") as bar:
+        for start in range(0, len(thumbnails), BATCH):
+            described.append(describe(thumbnails[start : start + BATCH]))
+            bar.update(len(described[-1]))
+    return split_by_symmetry(np.concatenate(described))
+
+
+def find_similar_in_blocks(kept, negated):
+    """Compares all images with all, and shows the progress. kept, negated: see split_by_symmetry.
+
+    Yields (int (M, 2): pairs i < j; float32 (M,): their similarities) for each block of images.
+    """
+    starts = range(0, len(kept), BLOCK)
+    blocks = [(row, column) for row in starts for column in starts if row <= column]
+    with show_progress("Comparing", len(blocks), " blocks") as bar:
+        for row, column in blocks:
+            rows, columns = slice(row, row + BLOCK), slice(column, column + BLOCK)
+            # The higher one of the similarities as they are and if one image is mirrored.
+            block = kept[rows] @ kept[columns].T + np.abs(negated[rows] @ negated[columns].T)
+            places = np.flatnonzero(block > SIMILAR_LIMIT)
+            i, j = np.divmod(places, block.shape[1])
+            pairs = np.stack([i + row, j + column], axis=1)
+            is_first = pairs[:, 0] < pairs[:, 1]  # each pair once
+            yield pairs[is_first], block.ravel()[places[is_first]]
+            bar.update()
+
+
 def find_candidates(thumbnails):
     """Finds pairs of images whose descriptions are similar, as they are or if one is mirrored.
 
     Returns (int (M, 2): sorted pairs i < j, the most similar ones and at most MAX_PAIRS; float32
     (M,): their similarities; number of similar pairs that were left out).
     """
-    batches = range(0, len(thumbnails), BATCH)
-    described = [describe(thumbnails[start : start + BATCH]) for start in batches]
-    kept, negated = split_by_symmetry(np.concatenate(described))
-    pairs, similarities = np.zeros((0, 2), int), np.zeros(0, np.float32)
-    n_similar = 0
-    starts = range(0, len(thumbnails), BLOCK)
-    for row, column in [(row, column) for row in starts for column in starts if row <= column]:
-        rows, columns = slice(row, row + BLOCK), slice(column, column + BLOCK)
-        block = kept[rows] @ kept[columns].T + np.abs(negated[rows] @ negated[columns].T)
-        i, j = np.divmod(np.flatnonzero(block > SIMILAR_LIMIT), block.shape[1])
-        is_new = i + row < j + column  # each pair once
-        found = np.stack([i + row, j + column], axis=1)[is_new]
-        if len(found) == 0:
-            continue
+    kept, negated = describe_all(thumbnails)
+    pairs, similarities, n_similar = np.zeros((0, 2), int), np.zeros(0, np.float32), 0
+    for found, values in find_similar_in_blocks(kept, negated):
         n_similar += len(found)
         pairs = np.concatenate([pairs, found])
-        similarities = np.concatenate([similarities, block[i, j][is_new]])
-        best = np.argsort(-similarities, kind="stable")[:MAX_PAIRS]
-        pairs, similarities = pairs[best], similarities[best]
-    order = np.lexsort(pairs.T[::-1])
+        similarities = np.concatenate([similarities, values])
+        if len(pairs) > MAX_PAIRS:
+            best = np.argsort(-similarities, kind="stable")[:MAX_PAIRS]
+            pairs, similarities = pairs[best], similarities[best]
+    order = np.lexsort((pairs[:, 1], pairs[:, 0]))
     return pairs[order], similarities[order], n_similar - len(pairs)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -216,6 +217,19 @@ def test_a_mode_or_format_of_one_class_alone_is_a_shortcut(fair, capsys):
     texts = [text for text in report["warnings"] if "images are in" in text]
     for text, kind in zip(texts, ("RGB", "PNG"), strict=True):
         assert text.startswith(f"shortcut: all 9 {kind} images are in train/NORMAL. ")
+
+
+def test_a_terminal_shows_the_progress_and_a_log_file_of_a_short_check_does_not(
+    fair, capsys, monkeypatch
+):
+    run_split(fair, "--check")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    run_split(fair, "--check")
+    error = capsys.readouterr().err
+    for title, total in (("Reading", 120), ("Describing", 120), ("Comparing", 1)):
+        last = next(line for line in error.split("\r") if line.startswith(f"{title}: 100%"))
+        assert f" {total}/{total} [00:" in last and "<00:00, " in last
 
 
 @pytest.fixture
