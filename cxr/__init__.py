@@ -21,6 +21,7 @@ maps         class activation maps
 curves       the pictures of a training
 folds        folds and results of a cross-validation, doubtful labels
 moves        moves images between the splits, and locks the folder meanwhile
+measurements simple numbers of an image, and how well they separate classes or splits
 
 predictions  the table of predictions, a DataFrame and predictions.csv
 links        a data folder of links to images elsewhere

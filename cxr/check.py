@@ -17,8 +17,8 @@ from cxr.files import read_csv
 from cxr.films import find_kinds, find_unusual
 from cxr.folders import check_split_is_complete, list_names, list_splits
 from cxr.leaks import find_shared_patients
+from cxr.measurements import find_properties, find_shortcuts, image_numbers
 from cxr.patients import Xray, identify_all, read_metadata
-from cxr.shortcuts import find_properties, find_shortcuts, image_numbers
 
 REFERENCE = Path(__file__).parent.parent / "docs" / "reference-images.csv"
 N_PROPERTIES = 4  # sizes, modes and formats that are printed
@@ -33,7 +33,7 @@ class ExaminedXray(NamedTuple):
     folder: str  # split/class
     patient: str  # the patient's name, or the file if it is unknown
     pixels: str  # SHA-256 of the decoded grey levels
-    numbers: dict  # of cxr.shortcuts.image_numbers
+    numbers: dict  # of cxr.measurements.image_numbers
     properties: tuple  # size, mode and format, as text
     thumbnail: np.ndarray  # uint8 (96, 96), grey
     kinds: list  # of cxr.films.find_kinds

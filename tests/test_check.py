@@ -12,7 +12,7 @@ from phantoms import draw_folder, draw_phantom
 from PIL import Image, ImageEnhance, ImageOps
 
 import cxr.check
-import cxr.shortcuts
+import cxr.measurements
 from cxr.files import hash_file, read_json
 from cxr.folders import CLASSES
 from cxr.patients import patient_from_name
@@ -187,8 +187,8 @@ def test_of_many_images_a_subset_is_scored_and_the_report_says_so(fair, capsys, 
     assert report["shortcut_images"] == 120 and "drawn at random" not in screen
     for path in sorted(fair.glob("*/NORMAL/*")):
         Image.open(path).save(path, quality=60)
-    monkeypatch.setattr(cxr.shortcuts, "MANY", 100)
-    monkeypatch.setattr(cxr.shortcuts, "SUBSET", 60)
+    monkeypatch.setattr(cxr.measurements, "MANY", 100)
+    monkeypatch.setattr(cxr.measurements, "SUBSET", 60)
     report, screen = run_check(fair, capsys)
     assert report["shortcut_images"] == 60 and "measured on 60 of the 120 images" in screen
     row = next(row for row in report["shortcuts"] if row["number"] == "JPEG quality")
