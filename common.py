@@ -1,6 +1,6 @@
 """Transforms, device, the frozen network, and the pass from images to features.
 
-split_val.py, train.py and evaluate.py share this file. Everything else that they share is in the
+train.py and evaluate.py share this file. Everything else that the scripts share is in the
 package cxr/; its table of contents is in cxr/__init__.py.
 """
 
@@ -17,7 +17,7 @@ from datetime import timedelta
 from importlib import metadata
 from typing import NamedTuple
 
-import cxr.decode  # before torch, because cxr explains what to do if a package is missing
+import cxr.needs_torch  # before torch, because it explains what to do if a package is missing
 
 # isort: split
 import PIL.Image
@@ -30,9 +30,10 @@ from torch.utils.data import Dataset
 from torchvision.models import get_model, get_model_builder, get_model_weights, list_models
 from torchvision.transforms import v2
 
+import cxr.decode
 from cxr.cache import Cache, allocate
 from cxr.checkpoint import strip_prefix
-from cxr.decode import apply_window, decode, explain_unreadable
+from cxr.decode import SIZE, apply_window, decode, explain_unreadable
 from cxr.errors import (
     LIST_ALL,
     SHOWN,
@@ -49,7 +50,6 @@ from cxr.machine import count_cores
 
 # ---------------------------------------------------------------- transforms
 
-SIZE = 224  # pixels, height and width of the network's input
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in [0, 1]
 
 # The whole image is resized, because a centre crop could cut off parts of the lungs.

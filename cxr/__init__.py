@@ -3,6 +3,7 @@
 errors       errors that the user can fix, warnings, progress lines and bars
 decode       decodes an image file into a grey picture
 machine      cores, memory and shared memory that this process may use
+needs_torch  imports torch and torchvision, or says what to do; a split and a check need neither
 novelty      detects images unlike the training images
 proportions  confidence intervals of proportions (accuracy, sensitivity, ...)
 
@@ -52,7 +53,6 @@ from pathlib import Path
 
 # If Python or a package is missing, too old, or does not fit another one, one line says what to do.
 REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
-NOW = ("numpy", "PIL", "torch", "torchvision", "tqdm")  # only these are also imported: it is slow
 
 
 def numbers(version):
@@ -73,13 +73,18 @@ def check_versions():
             raise ImportError(f"{name} {lowest} or newer needed, found {found}")
 
 
-try:
-    check_versions()
-    for name in NOW:
-        importlib.import_module(name)
-except Exception as error:
-    script = Path(sys.argv[0]).name
-    reason = " ".join(str(error).split())
-    advice = f"make install, then .venv/bin/python {script}"
-    print(f"{script}: {reason}; {advice}", file=sys.stderr)
-    sys.exit(2)
+def import_or_exit(*packages):
+    """Imports packages. If that fails, ends the script with one line that says what to do."""
+    try:
+        check_versions()
+        for name in packages:
+            importlib.import_module(name)
+    except Exception as error:
+        script = Path(sys.argv[0]).name
+        reason = " ".join(str(error).split())
+        advice = f"make install, then .venv/bin/python {script}"
+        print(f"{script}: {reason}; {advice}", file=sys.stderr)
+        sys.exit(2)
+
+
+import_or_exit("numpy", "PIL", "tqdm")  # torch: cxr/needs_torch.py; others: when they are used

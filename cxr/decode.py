@@ -15,6 +15,7 @@ FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # for others, Pillow ma
 CAPTURES = ("OT", "SC")  # modalities of DICOM: pictures of a film or screen
 MODALITIES = ("CR", "DX", "RG", *CAPTURES)  # that can be radiographs
 MAX_TINT = 10  # grey levels by which the channels of a grey picture may differ
+SIZE = 224  # pixels, height and width of the network's input
 MAX_PIXELS = 50_000_000  # radiographs have up to 20 million; a decompression bomb has more
 
 EXIF_ORIENTATION, TIFF_BITS, TIFF_PHOTOMETRIC = 274, 258, 262  # numbers of metadata tags

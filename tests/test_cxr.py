@@ -21,9 +21,15 @@ def test_a_training_does_not_load_the_packages_that_take_a_second(pytestconfig):
     assert not loaded & {"scipy", "sklearn", "torchmetrics", "pandas", "matplotlib", "pydicom"}
 
 
-def test_a_split_loads_neither_scipy_nor_the_check(pytestconfig):
+def test_a_split_loads_neither_torch_nor_scipy_nor_the_check(pytestconfig):
     loaded = modules_after("import split_val", pytestconfig.rootpath)
-    assert not loaded & {"scipy", "sklearn", "torchmetrics", "pandas", "cxr.check"}
+    assert not loaded & {"torch", "torchvision", "scipy", "sklearn", "pandas", "cxr.check"}
+
+
+def test_a_check_loads_neither_torch_nor_matplotlib(pytestconfig):
+    loaded = modules_after("import split_val, cxr.check", pytestconfig.rootpath)
+    assert "sklearn" in loaded
+    assert not loaded & {"torch", "torchvision", "torchmetrics", "matplotlib"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
