@@ -22,10 +22,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from cxr.decode import SIZE  # before filelock, because cxr reports missing packages
-
-# isort: split
 from cxr.cli import Parser, add_flags, number, run
+from cxr.decode import SIZE
 from cxr.errors import UNDO, UNDO_TEST, Failure, as_typed, warn
 from cxr.files import check_writable, sync_folder, write_json
 from cxr.folders import (

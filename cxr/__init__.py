@@ -11,6 +11,7 @@ files        reads and writes files; each is complete, the old or the new versio
 bootstrap    confidence intervals of other scores (AUROC, F1, ...): a bootstrap of patients
 loader       worker processes that decode images
 calibration  Platt scaling and the threshold, fitted on val/; logistic regression
+copies       finds altered copies of an image among many
 
 folders      the classes, splits and images of a data folder
 cache        the features, in memory and on disk
@@ -35,7 +36,7 @@ films        lateral images, captures and images in colour
 shortcuts    how well one number of an image predicts its class without a network
 
 page         the report, on the screen and as a web page (page.html is its template)
-duplicates   copies of an image, and negatives
+duplicates   reports copies of an image, and negatives
 
 check        the report of split_val.py --check
 

@@ -185,8 +185,10 @@ def print_single_numbers(report):
     print("! marks an alarm.")
     n, n_all = report["shortcut_images"], sum(report["images"].values())
     if n < n_all:
-        print(f"Shortcuts and shift are measured on {n:,} of the {n_all:,} images: those of whole")
-        print("patients, which were drawn at random (the same in each run).")
+        print(
+            f"Shortcuts and shift are measured on {n:,} of the {n_all:,} images: on all images of"
+        )
+        print("patients who were drawn at random (the same patients in each run).")
     for row in report["shortcuts"]:
         scores = f"accuracy {row['accuracy']:.3f} (n {row['n']})   AUROC {row['auroc']:.3f}"
         mark = " !" if row["alarm"] else ""

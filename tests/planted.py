@@ -4,7 +4,7 @@ import numpy as np
 from helpers import reencoded, shifted
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from cxr.duplicates import find_near_duplicates
+from cxr.copies import find_near_duplicates
 
 
 def brighter(image):
