@@ -1,5 +1,6 @@
 """Reads and writes files. Each written file is complete: the old or the new version."""
 
+import codecs
 import contextlib
 import csv
 import hashlib
@@ -14,6 +15,8 @@ from importlib import metadata
 from pathlib import Path
 
 from cxr.errors import Failure, is_system_error
+
+SAVE_CSV = "save it as CSV UTF-8 (in Excel: Save As, CSV UTF-8)"
 
 
 @contextlib.contextmanager
@@ -108,20 +111,24 @@ def read_json(path):
 def read_csv(path, *required_columns):
     """Reads a CSV file. Returns (columns, [(line number, {column: text})]).
 
-    Raises Failure if it is not CSV in UTF-8, if a required column is missing, or a row too long.
+    The separator is a comma, a semicolon or a tab. Rows of empty cells are left out. Raises Failure
+    if it is not CSV, if a required column is missing, if a name occurs twice, or a row is too long.
     """
+    text = decode_table(path)
     try:
-        text = path.read_text("utf-8-sig")
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-        table = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise Failure(f"{path}: not a CSV file in UTF-8 ({error})") from None
+        separator = find_separator(text)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+        table = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+    except csv.Error as error:
+        raise Failure(f"{path}: not a CSV file ({error}); {SAVE_CSV}") from None
+    table = [(line, cells) for line, cells in table if any(cells)]
     columns = table[0][1] if table else []
     for name in required_columns:
         if name not in columns:
-            header = repr(", ".join(columns)) if columns else "an empty file"
-            expected = "expected a column of this name, and commas between the columns"
-            raise Failure(f"{path}, row 1, column {name}: {expected}, found {header:.60}")
+            raise missing_column(path, name, columns)
+    for name in columns:
+        if name and columns.count(name) > 1:
+            raise Failure(f"{path}, row 1: two columns are called {name}; rename one of them")
     rows = []
     for line, cells in table[1:]:
         if len(cells) > len(columns):
@@ -129,6 +136,37 @@ def read_csv(path, *required_columns):
         cells += [""] * (len(columns) - len(cells))  # a short row ends in empty cells
         rows.append((line, dict(zip(columns, cells, strict=True))))
     return columns, rows
+
+
+def decode_table(path):
+    """Returns the text of a table in UTF-8, or in UTF-16 with its mark. Else raises Failure."""
+    content = path.read_bytes()
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    problem = "it contains the byte 0"  # as UTF-16 without its mark does
+    try:
+        text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
+        if "\0" not in text:
+            return text
+    except UnicodeDecodeError as error:
+        problem = error
+    raise Failure(f"{path}: not a CSV file in UTF-8 ({problem}); {SAVE_CSV}")
+
+
+def find_separator(text):
+    """Returns the separator that divides the first row into the most columns."""
+
+    def n_columns(separator):
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+        return len(next(filter(None, rows), []))
+
+    return max(",;\t", key=n_columns)
+
+
+def missing_column(path, name, columns):
+    """Returns the Failure for a table without a column."""
+    header = repr(", ".join(columns)) if columns else "an empty file"
+    expected = "expected a column of this name, and commas, semicolons or tabs between the columns"
+    return Failure(f"{path}, row 1, column {name}: {expected}, found {header:.60}")
 
 
 def save_figure(path, figure, dpi):

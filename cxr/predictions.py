@@ -108,7 +108,9 @@ def read_row(path, line, row, classes):
     if not error:
         probability = as_number(row["probability"])
         if probability is None or not 0 <= probability <= 1:
-            raise wrong_cell(path, line, "probability", "a number from 0 to 1", row["probability"])
+            expected = "a number from 0 to 1 (a spreadsheet may have changed it: import the column "
+            expected += "as text, and save it as CSV UTF-8)"
+            raise wrong_cell(path, line, "probability", expected, row["probability"])
     novelty = as_number(row.get("unlike") or "nan")
     if novelty is None:
         raise wrong_cell(path, line, "unlike", "a number", row["unlike"])
@@ -117,9 +119,9 @@ def read_row(path, line, row, classes):
 
 
 def as_number(text):
-    """Returns the text as a float, None if it is no number."""
+    """Returns the text as a float, None if it is no number. Excel may write 0,5 for 0.5."""
     try:
-        return float(text)
+        return float(text.replace(",", "."))
     except ValueError:
         return None
 

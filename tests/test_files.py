@@ -11,7 +11,7 @@ from faults import files, put
 
 import common
 from cxr.errors import Failure
-from cxr.files import atomic_write, read_json, write_json
+from cxr.files import atomic_write, read_csv, read_json, write_json
 
 RECORD = {"threshold": 0.5, "images": {"a": "b"}}
 
@@ -105,3 +105,37 @@ def test_a_file_is_on_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypa
     monkeypatch.setattr(os, "fsync", fsync)
     write_json(tmp_path / "a.json", RECORD)
     assert calls == ["fsync file", "replace", "fsync folder"]
+
+
+# ---------------------------------------------------------------- tables
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])  # utf-16: with its mark
+def test_a_table_is_read_with_any_usual_separator_and_encoding(separator, encoding, tmp_path):
+    lines = ["name|age|note", 'Müller.png|7|"1,5; 2"', "b.png|8|", ""]
+    text = "\r\n".join(lines).replace("|", separator)
+    (tmp_path / "a.csv").write_bytes(text.encode(encoding))
+    columns, rows = read_csv(tmp_path / "a.csv", "name")
+    assert columns == ["name", "age", "note"]
+    assert rows[0] == (2, {"name": "Müller.png", "age": "7", "note": "1,5; 2"})
+    assert rows[1] == (3, {"name": "b.png", "age": "8", "note": ""})
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16-le"])  # the second without its mark
+def test_a_table_in_another_encoding_is_refused_with_the_way_to_save_it(encoding, tmp_path):
+    (tmp_path / "a.csv").write_bytes("name,age\nMüller.png,7\n".encode(encoding))
+    with pytest.raises(Failure, match=r"a\.csv: not a CSV file in UTF-8 .* save it as CSV UTF-8"):
+        read_csv(tmp_path / "a.csv", "name")
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("name,id,,id,\na.png,1,,2,\n")
+    with pytest.raises(Failure, match="row 1: two columns are called id; rename one of them"):
+        read_csv(tmp_path / "a.csv", "name")
+
+
+def test_a_row_of_empty_cells_is_left_out(tmp_path):
+    (tmp_path / "a.csv").write_text("name;id;\na.png;1;\n;;\n\nb.png;2;\n")
+    _, rows = read_csv(tmp_path / "a.csv", "name")
+    assert [(line, row["name"]) for line, row in rows] == [(2, "a.png"), (5, "b.png")]

@@ -83,7 +83,8 @@ def test_from_takes_the_threshold_of_the_flag_or_of_metrics_json(stored, flags, 
     ("text", "words"),
     [
         ("", "row 1, column file"),
-        ("file;label;probability\na;NORMAL;0,5\n", "row 1, column file"),
+        ("file|label|probability\na|NORMAL|0.5\n", "commas, semicolons or tabs between"),
+        ("file,label,probability\na,NORMAL,123456789\n", "as CSV UTF-8"),  # Excel lost the point
         ("file,label\na,NORMAL\n", "row 1, column probability"),
         ("file,label,probability\n", "row 2, column file"),
         ("file,label,probability\na,NORMAL,0.1\nb,pneumonia,0.9\n", "row 3, column label"),
@@ -109,6 +110,19 @@ def test_an_error_in_a_table_names_row_and_column(text, words, compared, tmp_pat
     err = capsys.readouterr().err
     assert status == 2 and words in err and str(bad) in err and err.count("\n") == 1
     assert not [*folder.glob("*")]
+
+
+def test_a_table_with_the_semicolons_and_decimal_commas_of_excel_gives_the_same_scores(
+    scored, tmp_path, rescore
+):
+    results = Path(shutil.copytree(scored[0], tmp_path / "results"))
+    table = results / "predictions.csv"
+    text = table.read_text()
+    assert ";" not in text and '"' not in text
+    table.write_bytes(text.replace(",", ";").replace("0.", "0,").encode("utf-8-sig"))
+    assert "NORMAL;0," in table.read_text()
+    status, again = rescore(table)
+    assert status == 0 and read_report(again) == read_report(results)
 
 
 @pytest.mark.parametrize("label", [0, 1])
