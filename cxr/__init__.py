@@ -16,6 +16,7 @@ copies       finds altered copies of an image among many
 folders      the classes, splits and images of a data folder
 cache        the features, in memory and on disk
 checkpoint   reads state dicts safely, finds pretrained weights, writes model.pth
+tables       tables of other people: names of columns, spellings of ids and of file names
 
 cli          the command line flags that all scripts share, and exit codes
 patients     which patient an image belongs to: metadata.csv, DICOM, file names

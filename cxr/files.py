@@ -68,6 +68,11 @@ def check_writable(*paths):
             raise
 
 
+def printable(path):
+    """Returns a path as text; characters that UTF-8 cannot encode are written as escapes."""
+    return Path(path).as_posix().encode(errors="backslashreplace").decode()
+
+
 def hash_file(path):
     """Returns the SHA-256 of a file in hex, "" if it cannot be read (for example a broken link)."""
     try:

@@ -3,13 +3,14 @@
 import hashlib
 import re
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 from cxr.decode import is_dicom
 from cxr.errors import LIST_ALL, UNDO, Failure, is_system_error, warn
-from cxr.files import hash_file, read_csv
-from cxr.folders import SPLITS, check_split_is_complete, list_images, list_splits, moved_images
+from cxr.files import hash_file
+from cxr.folders import SPLITS, check_split_is_complete, list_images, list_splits
+from cxr.tables import match_rows, read_table, unify_ids
 
 METADATA = "metadata.csv"  # in the data folder: file_name, patient_id and any other columns
 
@@ -161,53 +162,30 @@ def read_metadata(data_dir, classes):
         if misplaced.exists():
             raise Failure(f"{misplaced}: expected it one level up, in {data_dir}; move it there")
         return {}
-    columns, rows = read_csv(path, "file_name")
+    columns, rows = read_table(path)
     images = []
     for split in SPLITS:
         for name in classes:
             folder = Path(data_dir, split, name)
             if folder.is_dir():
                 images += list_images(folder)
-    matched = match_rows(path, rows, images, data_dir)
-    unknown = [image for image in images if not matched.get(image, {}).get("patient_id")]
-    if "patient_id" not in columns:
-        warn(f"{path}: no column patient_id, so only DICOM or the file names can name the patients")
-    elif unknown:
-        warn(
-            f"{path}: no patient_id for {len(unknown)} of {len(images)} images, for example "
-            f"{unknown[0].name}; only DICOM or the file name can name their patient"
-        )
-    return matched
-
-
-def match_rows(path, rows, images, data_dir):
-    """Finds the image of each row of metadata.csv. Returns {path of the image: row}.
-
-    Raises Failure if a name is not unique. Warns of rows without an image.
-    """
-    by_name, moved = {}, moved_images(data_dir)
-    for image in images:
-        relative = image.relative_to(data_dir).as_posix()
-        # The row may still say train/. A test/ without record came with the data, not from train/.
-        before_split = moved.get(image, image).relative_to(data_dir).as_posix()
-        before_split = re.sub("^val/", "train/", before_split)
-        for name in {image.name, relative, before_split}:
-            by_name.setdefault(name, []).append(image)
-
-    matched, absent = {}, []
-    for line, row in rows:
-        name = PurePosixPath(row["file_name"]).as_posix()
-        candidates = by_name.get(name, [])
-        if not candidates:
-            absent.append(name)
-            continue
-        image, where = candidates[0], f"{path}, row {line}: {name}"
-        if len(candidates) > 1:
-            folders = f"{image.parent} and {candidates[1].parent}"
-            raise Failure(f"{where} is in {folders}; write the path below {data_dir}")
-        if image in matched:
-            raise Failure(f"{where} is named twice; keep one row")
-        matched[image] = row
+    matched, absent = match_rows(path, rows, images, classes)
     if absent:
         warn(f"{path}: {len(absent)} of {len(rows)} rows have no image, for example {absent[0]}")
+    if "patient_id" in columns:
+        n_words = unify_ids(matched.values())
+        warn_of_unknown_patients(path, images, matched, n_words)
+    else:
+        warn(f"{path}: no column patient_id, so only DICOM or the file names can name the patients")
     return matched
+
+
+def warn_of_unknown_patients(path, images, rows, n_words):
+    """Prints a warning if images have no patient_id. n_words: how many have a word like NA."""
+    unknown = [image for image in images if not rows.get(image, {}).get("patient_id")]
+    if unknown:
+        words = f" ({n_words} of them say nan, NA or a word like these)" if n_words else ""
+        warn(
+            f"{path}: no patient_id for {len(unknown)} of {len(images)} images{words}, for example "
+            f"{unknown[0].name}; only DICOM or the file name can name their patient"
+        )

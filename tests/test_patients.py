@@ -92,9 +92,10 @@ def two_scans(data):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("image,patient_id\n", "row 1, column file_name: expected a column of this name"),
+        ("scan,patient_id\n", "row 1, column file_name: expected a column of this name"),
         ("file_name\nIM-0000-0001.jpeg\nIM-0000-0001.jpeg\n", "row 3: IM-0000-0001.jpeg"),
-        ("file_name,patient_id\nscan.jpeg,7\n", "row 2: scan.jpeg is in"),
+        ("file_name,patient_id\nscan.jpeg,7\n", "row 2: scan.jpeg fits train/NORMAL/scan.jpeg and"),
+        ("file_name,File Name\n", "'file_name' and 'File Name' may both be the file_name"),
         ("", "an empty file"),
     ],
 )
@@ -104,12 +105,14 @@ def test_a_table_that_makes_no_sense_is_refused(text, expected, two_scans, capsy
     assert expected in capsys.readouterr().err
 
 
-def test_a_path_in_the_table_is_still_valid_after_the_split(two_scans):
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_path_in_the_table_is_still_valid_after_the_image_was_moved(split, two_scans):
     rows = [f"train/{name}/scan.jpeg,{name}7" for name in CLASSES]
     with_table(two_scans, "\n".join(["file_name,patient_id", *rows]))
-    (two_scans / "train/NORMAL/scan.jpeg").rename(two_scans / "val/NORMAL/scan.jpeg")
-    xrays = read_split(two_scans, "train", "val", classes=CLASSES)
-    assert {xray.patient for xray in xrays} >= {"NORMAL7", "PNEUMONIA7"}
+    (two_scans / "train/NORMAL/scan.jpeg").rename(two_scans / split / "NORMAL/scan.jpeg")
+    xrays = read_split(two_scans, *SPLITS, classes=CLASSES)
+    patients = {(x.split, x.label): x.patient for x in xrays if x.path.name == "scan.jpeg"}
+    assert patients == {(split, 0): "NORMAL7", ("train", 1): "PNEUMONIA7"}
 
 
 def test_spaces_in_a_table_do_not_separate_a_patient(data):
@@ -117,6 +120,61 @@ def test_spaces_in_a_table_do_not_separate_a_patient(data):
     with_table(data, f"file_name, patient_id\n{first},P3\n{second},P3 \n")
     patients = {xray.path.name: xray.patient for xray in read_split(data, "train", classes=CLASSES)}
     assert patients[first] == patients[second] == "P3"
+
+
+SPELLINGS = {  # of the id of patient number i
+    "a spreadsheet's numbers": lambda i: (f"{i}", f"{i}.0", f"{i},00", f" {i} "),
+    "words": lambda i: (f"Müller {i}", f"müller {i}", f"MÜLLER {i} ", f"Mu\u0308ller {i}"),
+}
+
+
+@pytest.mark.parametrize("spell", SPELLINGS.values(), ids=SPELLINGS)
+def test_all_spellings_of_an_id_are_one_patient(spell, tmp_path):
+    rows = ["file_name;patient_id"]
+    patients = {}
+    for i in range(12):
+        for image, spelling in enumerate(spell(i)):
+            file = f"{i}-{image}.png"
+            put(tmp_path / "train" / CLASSES[i % 2] / file, file.encode())
+            rows.append(f"{file};{spelling}")
+            patients[file] = i
+    with_table(tmp_path, "\n".join(rows))
+    assert run_split(tmp_path, "--per-class", 8) == 0
+    in_train, in_val = (
+        {patients[path.name] for path in tmp_path.glob(f"{split}/*/*")}
+        for split in ("train", "val")
+    )
+    assert len(in_val) == 4 and not in_train & in_val
+    xrays = read_split(tmp_path, "train", "val", classes=CLASSES)
+    shown = {xray.patient for xray in xrays}
+    # Of several spellings, the first one in alphabetical order is shown.
+    assert shown == {sorted(spelling.strip() for spelling in spell(i))[0] for i in range(12)}
+
+
+def test_ids_that_are_not_whole_numbers_stay_apart(tree):
+    names = sorted(path.name for path in tree.glob("train/NORMAL/*"))
+    ids = ["3.1", "3.10", "03", "3", "v3.0", "v3"]
+    rows = [f"{name},{patient}" for name, patient in zip(names, ids, strict=False)]
+    with_table(tree, "\n".join(["file_name,patient_id", *rows]))
+    patients = [xray.patient for xray in read_split(tree, "train", classes=CLASSES)]
+    assert patients[: len(ids)] == ids
+
+
+@pytest.mark.parametrize(
+    "word", ["nan", "NaN", "NA", "N/A", "none", "None", "NULL", "unknown", "-", "?", "#N/A", "<NA>"]
+)
+def test_a_word_for_an_unknown_patient_counts_as_an_empty_cell(word, tree, capsys):
+    for number, path in enumerate(sorted(tree.glob("*/NORMAL/*"))):
+        path.rename(path.with_name(f"scan_{number}.jpeg"))  # a name without a patient
+    names = sorted(path.name for path in tree.glob("train/NORMAL/*"))
+    rows = [f"{name},P{i // 2}" for i, name in enumerate(names)]
+    rows[3:8] = [f"{name},{word}" for name in names[3:6]] + [f"{name}," for name in names[6:8]]
+    with_table(tree, "\n".join(["file_name,patient_id", *rows]))
+    xrays = read_split(tree, "train", classes=CLASSES)
+    assert [xray.patient for xray in xrays[3:8]] == [None] * 5
+    assert len({xray.group for xray in xrays[3:8]}) == 5
+    expected = "no patient_id for 25 of 32 images (3 of them say nan, NA or a word like these)"
+    assert expected in capsys.readouterr().err
 
 
 def test_a_table_inside_train_is_refused(data, run_train, capsys):
