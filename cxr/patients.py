@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cxr.decode import is_dicom
-from cxr.errors import LIST_ALL, UNDO, Failure, is_system_error, warn
+from cxr.errors import LIST_ALL, SHOWN, UNDO, Failure, is_system_error, warn
 from cxr.files import hash_file
 from cxr.folders import SPLITS, check_split_is_complete, list_images, list_splits
-from cxr.tables import match_rows, read_table, unify_ids
+from cxr.tables import below_data, match_rows, read_table, unify_ids
 
 METADATA = "metadata.csv"  # in the data folder: file_name, patient_id and any other columns
 
@@ -26,6 +26,10 @@ PATIENT_NAMES = (
     re.compile(r"(?P<patient>patient\d+)_study\d+"),  # CheXpert: patient00001_study1_view1.jpg
     re.compile(r"(?P<patient>sub-[A-Za-z0-9]+)_"),  # BIDS: sub-S03044_ses-E06217_run-1_cr.png
 )
+COPIES = {  # where a file occurs twice: what to do
+    "in both classes": "Find out which label is right, and remove the other file",
+    "in two splits": "Remove one file of each pair",
+}
 
 
 class Xray(NamedTuple):
@@ -51,14 +55,28 @@ def read_split(data_dir, *splits, classes, rows=None):
     if rows is None:
         rows = read_metadata(data_dir, classes)
     xrays = identify_all(listed, rows)
-    first = {}
-    for xray in xrays:
-        earlier = first.setdefault(xray.sha256, xray)
-        if xray.sha256 and earlier.path.parent != xray.path.parent:
-            raise Failure(f"{xray.path}: the same file as {earlier.path}; remove one of them")
+    refuse_copies(xrays, data_dir)
     if len(splits) > 1:
         warn_if_patients_shared(xrays, splits)
     return xrays
+
+
+def refuse_copies(xrays, data_dir):
+    """Raises Failure if a file is in two folders: in both classes, or in two splits."""
+    pairs, first = {place: [] for place in COPIES}, {}
+    for xray in xrays:
+        earlier = first.setdefault(xray.sha256, xray)
+        if xray.sha256 and earlier.path.parent != xray.path.parent:
+            place = "in two splits" if earlier.label == xray.label else "in both classes"
+            both = f"{below_data(xray.path)} is the same file as {below_data(earlier.path)}"
+            pairs[place].append(both)
+    found = [
+        f"images {place}: {len(texts)} ({'; '.join(texts[:SHOWN])}). {COPIES[place]}"
+        for place, texts in pairs.items()
+        if texts
+    ]
+    if found:
+        raise Failure(f"{data_dir}: {'. '.join(found)}. split_val.py {LIST_ALL}")
 
 
 def warn_if_patients_shared(xrays, splits):

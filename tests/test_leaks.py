@@ -55,4 +55,5 @@ def test_patients_in_two_splits_cause_a_warning(data, tmp_path, flags, capsys):
 @pytest.mark.parametrize("folder", ["val/NORMAL", "val/PNEUMONIA", "train/PNEUMONIA"])
 def test_a_training_image_in_a_second_folder_is_refused(refused, home, folder):
     put(home / "data" / folder / "copy.jpeg", faults.first(home / "data" / "train").read_bytes())
-    assert str(home / "data" / folder) in refused(2, "train")
+    line = refused(2, "train")
+    assert str(home / "data") in line and f"{folder}/copy.jpeg is the same file as train/" in line

@@ -4,7 +4,7 @@ import random
 
 import pytest
 from faults import put
-from helpers import LEVELS, TINY, draw_dicoms, run_split, with_table, write_dicom
+from helpers import LEVELS, TINY, draw_dicoms, run_split, split_refused, with_table, write_dicom
 
 import evaluate
 import split_val
@@ -62,6 +62,26 @@ def test_the_four_images_of_a_patient_stay_in_one_split(scheme, tmp_path):
         for split in ("train", "val")
     )
     assert len(in_val) == 4 and not in_train & in_val
+
+
+# ---------------------------------------------------------------- one file in two folders
+
+
+def test_copies_in_both_classes_are_counted_and_the_label_is_in_question(tree, capsys):
+    for i, path in enumerate(sorted(tree.glob("train/NORMAL/*"))[:10]):
+        put(tree / "train/PNEUMONIA" / f"other_{i}.jpeg", path.read_bytes())
+    line = split_refused(tree, capsys, "--per-class", 4)
+    assert "images in both classes: 10 (train/PNEUMONIA/other_0.jpeg is the same file as" in line
+    assert line.count("is the same file as") == 5 and "which label is right" in line
+    assert "two splits" not in line and "--check --json check.json (make check" in line
+
+
+def test_copies_in_two_splits_are_counted(tree, capsys):
+    for i, path in enumerate(sorted(tree.glob("train/NORMAL/*"))[:3]):
+        put(tree / "test/NORMAL" / f"other_{i}.jpeg", path.read_bytes())
+    line = split_refused(tree, capsys, "--per-class", 4)
+    assert "images in two splits: 3 (test/NORMAL/other_0.jpeg is the same file as" in line
+    assert "Remove one file of each pair" in line and "label" not in line
 
 
 # ---------------------------------------------------------------- metadata.csv
