@@ -30,7 +30,7 @@ from cxr.checkpoint import read_state_dict
 from cxr.cli import Parser, add_flags, add_network_flags, class_name, number, run
 from cxr.compare import compare, match_predictions
 from cxr.errors import Failure, as_typed, warn
-from cxr.files import check_writable, hash_file, read_json, versions, write_json
+from cxr.files import check_writable, hash_file, printable, read_json, versions, write_json
 from cxr.films import lateral_warnings
 from cxr.folders import CLASSES, SPLITS, find_other_classes, image_suffixes, in_words, list_images
 from cxr.leaks import leak_warnings, list_training_xrays
@@ -238,11 +238,6 @@ def predict(model, xrays, names, args):
     metadata = pd.DataFrame([xray.metadata or {} for xray in xrays])
     metadata = metadata.drop(columns=list(COLUMNS), errors="ignore").fillna("")
     return predictions.join(metadata), novelty
-
-
-def printable(path):
-    """Returns a path as text; characters that UTF-8 cannot encode are written as escapes."""
-    return Path(path).as_posix().encode(errors="backslashreplace").decode()
 
 
 def readable_views(model, xrays, predictions):

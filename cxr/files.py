@@ -16,6 +16,7 @@ from pathlib import Path
 
 from cxr.errors import Failure, is_system_error
 
+ESCAPES = "backslashreplace"  # for what UTF-8 cannot encode: names that are not UTF-8
 SAVE_CSV = "save it as CSV UTF-8 (in Excel: Save As, CSV UTF-8)"
 
 
@@ -28,7 +29,7 @@ def atomic_write(path, mode="wb", sync=True):
     path = Path(path).resolve()  # replaces the file that a link points to, not the link
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    options = {} if "b" in mode else {"newline": "", "encoding": "utf-8"}
+    options = {"newline": "", "encoding": "utf-8", "errors": ESCAPES} if "b" not in mode else {}
     try:
         with open(temporary, mode, **options) as file:
             yield file
@@ -69,8 +70,13 @@ def check_writable(*paths):
 
 
 def printable(path):
-    """Returns a path as text; characters that UTF-8 cannot encode are written as escapes."""
-    return Path(path).as_posix().encode(errors="backslashreplace").decode()
+    """Returns a path or a text; characters that UTF-8 cannot encode are written as escapes.
+
+    A name that is shown, drawn or written goes through this function, or through a stream with the
+    same rule: the screen (cxr.cli.run) and text files (atomic_write).
+    """
+    text = path.as_posix() if isinstance(path, Path) else path
+    return text.encode(errors=ESCAPES).decode()
 
 
 def hash_file(path):

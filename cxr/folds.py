@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cxr.errors import Failure
-from cxr.files import atomic_write, save_figure
+from cxr.files import atomic_write, printable, save_figure
 
 N_DRAWN = 12  # images in doubtful_labels.png
 
@@ -56,7 +56,7 @@ def rank_doubtful(probs, labels, xrays, threshold, data_dir, classes):
     order = mean_loss.argsort(descending=True, stable=True).tolist()
     table = []
     for row in order:
-        file = xrays[row].path.relative_to(data_dir).as_posix()
+        file = printable(xrays[row].path.relative_to(data_dir))
         line = {"file": file, "label": classes[xrays[row].label]}
         line |= {"mean_probability": mean_prob[row].item(), "mean_loss": mean_loss[row].item()}
         line |= {"missed": n_missed[row].item(), "repeats": len(probs)}

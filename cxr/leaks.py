@@ -4,6 +4,7 @@ import contextlib
 from collections import Counter
 
 from cxr.errors import Failure
+from cxr.files import printable
 from cxr.folders import list_splits
 from cxr.patients import METADATA, identify_all
 
@@ -56,11 +57,11 @@ def leak_warnings(model_info, xrays, training, split):
     patients = {xray.patient for xray in training} - {None}
     shared = [xray for xray in xrays if xray.patient in patients]
     if same:
-        example = f"for example {same[0].path.name}"
+        example = f"for example {printable(same[0].path.name)}"
         what = "test images ARE ALSO TRAINING OR VALIDATION IMAGES"
         warnings.append(f"{len(same)} of {len(xrays)} {what}, {example}: {NO_RESULT}")
     if shared:
-        example = f"for example {shared[0].path.name}"
+        example = f"for example {printable(shared[0].path.name)}"
         what = "test images are from patients who are also in train/ or val/"
         warnings.append(f"{len(shared)} of {len(xrays)} {what}, {example}: {NO_RESULT}")
     return warnings

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torchmetrics.functional.classification as tm
 
-from cxr.files import save_figure
+from cxr.files import printable, save_figure
 from cxr.folders import COLOURS
 from cxr.maps import legend, read_overlays
 from cxr.predictions import as_arrays
@@ -131,7 +131,7 @@ def save_with_caption(path, figure, report, dpi=120):
     parts = [part for part in (model_file, model.get("arch"), model.get("date")) if part]
     images = f"{report['split']}: {report['n']} images of {report['patients']} patients"
     threshold = f"threshold {report['threshold']:.3g} ({report['threshold_from']})"
-    caption = f"{images}; {', '.join(parts)}\n{threshold}"
+    caption = printable(f"{images}; {', '.join(parts)}\n{threshold}")
     figure.supxlabel(caption, fontsize=7, color="dimgrey", parse_math=False)
     save_figure(path, figure, dpi)
 
@@ -172,6 +172,6 @@ def draw_worst(path, model, views, predictions, report):
         if picture is not None:
             right.imshow(picture)
         text = f"{classes[labels[row]]}, P({classes[1]}) {probs[row]:.3f}"
-        title = f"{views.xrays[row].path.name:.34}\n{text}"
+        title = f"{printable(views.xrays[row].path.name):.34}\n{text}"
         left.set_title(title, fontsize=7, loc="left", parse_math=False)
     save_with_caption(path, figure, report, dpi=90)  # small, because the page contains it

@@ -3,13 +3,20 @@
 import contextlib
 import errno
 import os
+import shutil
 import stat
 import tempfile
+from functools import partial
+from pathlib import Path
 
 import pytest
 from faults import files, put
+from helpers import TINY, linux, path_flags
 
 import common
+import evaluate
+import split_val
+import train
 from cxr.errors import Failure
 from cxr.files import atomic_write, read_csv, read_json, write_json
 
@@ -105,6 +112,34 @@ def test_a_file_is_on_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypa
     monkeypatch.setattr(os, "fsync", fsync)
     write_json(tmp_path / "a.json", RECORD)
     assert calls == ["fsync file", "replace", "fsync folder"]
+
+
+# ---------------------------------------------------------------- names that are not UTF-8
+
+
+@linux
+def test_a_name_that_is_not_utf8_is_shown_drawn_and_written_with_escapes(
+    data, quick, pictures, tmp_path, capsys
+):
+    home = tmp_path / os.fsdecode(b"Z\xfcrich")
+    data = Path(shutil.move(data, home / "data"))
+    for number, path in enumerate(sorted(data.glob("*/*/*"))):  # as in an archive from Windows
+        path.rename(path.with_name(os.fsdecode(b"R\xf6ntgen %d.jpeg" % number)))
+    known = next((data / "train" / "NORMAL").iterdir())
+    shutil.copy(known, data / "test" / "NORMAL" / os.fsdecode(b"\xff.jpeg"))  # for a warning
+    flags = partial(path_flags, data, home, home / "cache")
+    assert train.main(flags(*TINY, "--folds", 3, "--repeats", 1)) == train.main(flags(*TINY)) == 0
+    assert evaluate.main(flags()) == 0
+    assert evaluate.main(flags("--results-dir", home / "new", data / "test" / "NORMAL")) == 0
+    assert evaluate.main(["--from", str(home / "results" / "predictions.csv")]) == 0
+    assert split_val.main(["--data-dir", str(data), "--check"]) == 2
+    assert "test/NORMAL/\\udcff.jpeg" in capsys.readouterr().out
+    tables = ["results/predictions.csv", "results/doubtful_labels.csv", "new/new_predictions.csv"]
+    for name in tables:
+        text = (home / name).read_text("utf-8")
+        assert "/R\\udcf6ntgen " in text, name
+    page = (home / "results" / "report.html").read_text("utf-8")
+    assert "for example \\udcff.jpeg" in page
 
 
 # ---------------------------------------------------------------- tables
