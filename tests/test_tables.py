@@ -1,10 +1,12 @@
 """cxr/tables.py: columns, patients and file names as other programs and people write them."""
 
+import random
 import unicodedata
 
 import pytest
-from faults import put
-from helpers import split_refused
+from faults import damage, put
+from helpers import run_split, split_refused
+from random_tables import draw_table, write_data
 
 from cxr.folders import CLASSES
 from cxr.patients import read_split
@@ -109,6 +111,14 @@ def test_a_path_to_the_other_class_does_not_fit(tmp_path, capsys):
     assert "1 of 2 rows have no image, for example train/NORMAL/2.png" in capsys.readouterr().err
 
 
+def test_a_row_without_a_name_is_counted(tmp_path, capsys):
+    images = ["train/NORMAL/1.png", "train/PNEUMONIA/2.png"]
+    table = ["file_name,patient_id", "1.png,P1", ",P2", "2.png,P2"]
+    make_data(tmp_path, *images, table=table)
+    assert list(patients_in(tmp_path).values()) == ["P1", "P2"]
+    assert "1 of 3 rows have no image, for example row 3" in capsys.readouterr().err
+
+
 def test_of_two_rows_for_one_image_the_whole_path_counts(tmp_path, capsys):
     images = ["train/NORMAL/2.png", "train/PNEUMONIA/3.png", "test/NORMAL/1.png"]
     table = ["file_name,patient_id", "train/NORMAL/1.png,P1", "test/NORMAL/1.png,P2"]
@@ -140,3 +150,74 @@ def test_a_name_as_predictions_csv_shows_it_fits(tmp_path):
     (tmp_path / "train/NORMAL").mkdir()
     (tmp_path / image).write_bytes(b"1")
     assert patients_in(tmp_path) == {image: "P1", other: None}
+
+
+# ---------------------------------------------------------------- random tables
+
+
+def test_random_tables_are_read_right_or_refused_with_the_reason(tmp_path, fuzz, say, capsys):
+    seeds = [fuzz.rng.randrange(10**9) for _ in range(fuzz.count(20, 200))]
+    n_refused = 0
+    for seed in seeds:
+        root, table = tmp_path / str(seed), draw_table(random.Random(seed))
+        write_data(root, table)
+        capsys.readouterr()
+        print(f"seed {seed}")  # pytest shows it if an error ends the test
+        status = run_split(root, "--per-class", 6)
+        err = capsys.readouterr().err
+        if table.refused:
+            n_refused += 1
+            assert status == 2 and table.refused in err, (seed, err)
+            continue
+        assert status == 0, (seed, err)
+        check_warnings(table, err, seed)
+        check_patients(root, table, seed)
+    say(f"tables: {len(seeds)} tried, {n_refused} refused, the others read right")
+
+
+def check_warnings(table, err, seed):
+    """Checks that the numbers of rows without image and of images without patient are shown."""
+    n_unknown = sum(patient is None for patient in table.patients.values())
+    expected = {f"{table.n_absent} of {table.n_rows} rows have no image": table.n_absent > 0}
+    expected["no column patient_id"] = not table.has_patients
+    if table.has_patients:
+        expected[f"no patient_id for {n_unknown} of 60 images"] = n_unknown > 0
+        expected[f"({table.n_words} of them say nan"] = table.n_words > 0
+    for text, is_expected in expected.items():
+        assert (text in err) == is_expected, (seed, text, err)
+
+
+def check_patients(root, table, seed):
+    """Checks that the patients are the true ones, and that each is in one split only."""
+    xrays = read_split(root, "train", "val", "test", classes=CLASSES)
+    pairs, splits = set(), {}
+    for xray in xrays:
+        path = xray.path.relative_to(root).as_posix().replace("val/", "train/")
+        number = table.patients[path]
+        assert (number is None) == (xray.patient is None), (seed, path)
+        if number is not None:
+            pairs.add((number, xray.patient))
+            splits.setdefault(number, set()).add(xray.split)
+    assert len(xrays) == 60 and {xray.split for xray in xrays} == {"train", "val", "test"}, seed
+    # Each true patient has one name, and each name has one true patient.
+    assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs}), (seed, pairs)
+    assert all(len(found) == 1 for found in splits.values()), (seed, splits)
+
+
+def test_a_damaged_table_is_read_or_refused_in_one_line(tmp_path, fuzz, say, capsys):
+    tables = (draw_table(fuzz.rng) for _ in range(50))
+    intact = next(table for table in tables if not table.refused)
+    write_data(tmp_path, intact)
+    n_refused, n_cases = 0, fuzz.count(20, 300)
+    for _ in range(n_cases):
+        how, content = damage(fuzz.rng, intact.content)
+        (tmp_path / "metadata.csv").write_bytes(content)
+        status = run_split(tmp_path, "--per-class", 6)
+        lines = capsys.readouterr().err.splitlines()
+        lines = [line for line in lines if not line.startswith("warning: ")]
+        assert (status, len(lines)) in ((0, 0), (2, 1)), (how, lines)
+        assert not lines or str(tmp_path / "metadata.csv") in lines[0], (how, lines)
+        n_refused += status == 2
+        if status == 0:
+            assert run_split(tmp_path, "--undo") == 0
+    say(f"metadata.csv: {n_cases} damaged ones tried, {n_refused} refused")
