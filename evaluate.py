@@ -37,7 +37,7 @@ from cxr.leaks import leak_warnings, list_training_xrays
 from cxr.maps import class_maps, write_overlays
 from cxr.novelty import measure_novelty, novelty_warnings
 from cxr.page import PICTURES, print_report, write_page
-from cxr.patients import Xray, read_metadata, read_split
+from cxr.patients import Xray, choose_hash_dir, read_metadata, read_split
 from cxr.plots import draw_pictures, draw_worst
 from cxr.predictions import (
     COLUMNS,
@@ -373,7 +373,8 @@ def score_split(args):
     classes = model.info["classes"]
     check_folder_names(args, classes)
     rows = read_metadata(args.data_dir, classes)
-    xrays = read_split(args.data_dir, args.split, classes=classes, rows=rows)
+    hash_dir = choose_hash_dir(args)
+    xrays = read_split(args.data_dir, args.split, classes=classes, rows=rows, hash_dir=hash_dir)
     names = [printable(xray.path.relative_to(args.data_dir)) for xray in xrays]
     other = read_other(args, names, [xray.label for xray in xrays], classes)
     check_outputs(args, model, "metrics.json", "predictions.csv")
@@ -401,7 +402,7 @@ def describe_origin(args, model, predictions, xrays, rows, novelty):
     from cxr.shortcuts import single_number_baselines  # slow to import: scikit-learn
 
     classes = model.info["classes"]
-    training, reason = list_training_xrays(args.data_dir, rows, classes)
+    training, reason = list_training_xrays(args.data_dir, rows, classes, choose_hash_dir(args))
     info_file = args.checkpoint.with_suffix(".json")
     threshold, threshold_from = choose_threshold(args, model.info, info_file)
     baselines = None

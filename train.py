@@ -33,7 +33,7 @@ from cxr.errors import INTERRUPTED, Failure, as_typed, interrupt_exit_code, prog
 from cxr.files import check_writable, versions, write_json
 from cxr.folders import SPLIT_FILES, check_split_classes
 from cxr.novelty import describe_features
-from cxr.patients import read_split
+from cxr.patients import choose_hash_dir, read_split
 from cxr.proportions import accuracy_intervals, format_interval
 
 # ---------------------------------------------------------------- the training loop
@@ -236,7 +236,8 @@ def load_inputs(args, *outputs):
     if args.folds and not (args.data_dir / "val").exists():
         splits = ["train"]  # cross-validation does not need val/
     check_split_classes(args.data_dir, args.classes)
-    xrays = read_split(args.data_dir, *splits, classes=args.classes)
+    hash_dir = choose_hash_dir(args)
+    xrays = read_split(args.data_dir, *splits, classes=args.classes, hash_dir=hash_dir)
     state, source = load_weights(args)
     backbone = common.build_backbone(args.arch, state, source)
     check_writable(*outputs)

@@ -14,6 +14,7 @@ calibration  Platt scaling and the threshold, fitted on val/; logistic regressio
 copies       finds altered copies of an image among many
 
 folders      the classes, splits and images of a data folder
+hashes       the SHA-256 of images, remembered in the cache
 cache        the features, in memory and on disk
 checkpoint   reads state dicts safely, finds pretrained weights, writes model.pth
 tables       tables of other people: names of columns, spellings of ids and of file names

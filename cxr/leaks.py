@@ -16,10 +16,10 @@ def is_leak(splits):
     return "test" in splits and len(splits) > 1
 
 
-def list_training_xrays(data_dir, rows, classes):
+def list_training_xrays(data_dir, rows, classes, hash_dir=None):
     """Returns (Xrays of train/ and val/, the reason if there are none).
 
-    rows: the result of read_metadata.
+    rows: the result of read_metadata; hash_dir: see identify_all.
     """
     try:
         listed = list_splits(data_dir, ["train"], classes)
@@ -27,7 +27,7 @@ def list_training_xrays(data_dir, rows, classes):
         return [], str(reason)
     with contextlib.suppress(Failure):  # there is no val/, or it cannot be used
         listed += list_splits(data_dir, ["val"], classes)
-    return identify_all(listed, rows), ""
+    return identify_all(listed, rows, hash_dir), ""
 
 
 def leak_warnings(model_info, xrays, training, split):

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from cxr.decode import is_dicom
 from cxr.errors import LIST_ALL, SHOWN, UNDO, Failure, is_system_error, warn
-from cxr.files import hash_file
 from cxr.folders import SPLITS, check_split_is_complete, list_images, list_splits
+from cxr.hashes import Hashes
 from cxr.tables import below_data, match_rows, read_table, unify_ids
 
 METADATA = "metadata.csv"  # in the data folder: file_name, patient_id and any other columns
@@ -44,21 +44,26 @@ class Xray(NamedTuple):
     metadata: dict | None = None  # the other columns of its row in metadata.csv
 
 
-def read_split(data_dir, *splits, classes, rows=None):
+def read_split(data_dir, *splits, classes, rows=None, hash_dir=None):
     """Returns the Xrays of these splits in one list. Warns if splits share a patient.
 
-    rows: the result of read_metadata, if it was called before. Raises Failure if the split was
-    interrupted, or if one file is in two folders.
+    rows: the result of read_metadata, if it was called before; hash_dir: see identify_all. Raises
+    Failure if the split was interrupted, or if one file is in two folders.
     """
     check_split_is_complete(data_dir)
     listed = list_splits(data_dir, splits, classes, warn_of_others=True)
     if rows is None:
         rows = read_metadata(data_dir, classes)
-    xrays = identify_all(listed, rows)
+    xrays = identify_all(listed, rows, hash_dir)
     refuse_copies(xrays, data_dir)
     if len(splits) > 1:
         warn_if_patients_shared(xrays, splits)
     return xrays
+
+
+def choose_hash_dir(args):
+    """Returns the folder in which the hashes of images are remembered, None with --no-cache."""
+    return None if args.no_cache else args.cache_dir
 
 
 def refuse_copies(xrays, data_dir):
@@ -94,14 +99,20 @@ def warn_if_patients_shared(xrays, splits):
         warn(f"{folders} share patients ({len(shared)}, for example {min(shared)}); {advice}")
 
 
-def identify_all(listed, rows):
-    """Returns the Xrays of (path, label, split) triples. rows: the result of read_metadata."""
+def identify_all(listed, rows, hash_dir=None):
+    """Returns the Xrays of (path, label, split) triples. rows: the result of read_metadata.
+
+    hash_dir: the folder that remembers the hashes of files; None: all files are read.
+    """
+    hashes = Hashes(hash_dir)
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda entry: identify(*entry, rows), listed))
+        xrays = list(pool.map(lambda entry: identify(*entry, rows, hashes), listed))
+    hashes.save()
+    return xrays
 
 
-def identify(path, label, split, rows):
-    """Returns the Xray of a file, with its hash and its patient."""
+def identify(path, label, split, rows, hashes):
+    """Returns the Xray of a file, with its hash and its patient. hashes: cxr.hashes.Hashes."""
     columns = dict(rows.get(path, {}))
     columns.pop("file_name", None)
     # The patient comes from metadata.csv, else from DICOM's PatientID, else from the file name.
@@ -110,7 +121,7 @@ def identify(path, label, split, rows):
     return Xray(
         path=path,
         label=label,
-        sha256=hash_file(path),
+        sha256=hashes.hash(path),
         split=split,
         patient=certain or patient_from_name(path.name),
         group=group or f"{path.parent.name}/{path.name}",
