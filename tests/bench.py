@@ -8,6 +8,7 @@ of any weights. It is a benchmark: it prints, and asserts nothing.
 """
 
 import argparse
+import math
 import os
 import platform
 import shutil
@@ -25,6 +26,7 @@ from PIL import Image
 from pydicom.pixels import apply_rescale, apply_voi_lut
 from torch import nn
 from torchvision.models import resnet50
+from torchvision.transforms import v2
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -34,6 +36,8 @@ import common  # noqa: E402
 import cxr.decode  # noqa: E402
 import cxr.patients  # noqa: E402
 from cxr.folders import CLASSES  # noqa: E402
+from cxr.loader import load_batches  # noqa: E402
+from cxr.machine import count_cores  # noqa: E402
 
 WINDOW = 2.0
 
@@ -110,6 +114,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torchvision import datasets, transforms
 from torchvision.models import resnet50
+from torchvision.transforms import v2
 network = resnet50().eval()
 network.fc = torch.nn.Identity()
 steps = [transforms.Resize((224, 224)), transforms.ToTensor(),
@@ -160,26 +165,60 @@ def forward(network, batch, n_batches):
             torch.cuda.synchronize()
 
 
+class NoTime(nn.Module):
+    """A stand-in for a network on a GPU that takes no time: all features are 0."""
+
+    def forward(self, pixels):
+        return torch.zeros(len(pixels), 8)
+
+
 def bench_pass(folder):
-    """(d): the whole pass against forward-only."""
-    images = cxr.patients.read_split(draw_data(folder, train=250, val=1), "train", classes=CLASSES)
+    """(d): the whole pass against the forward pass alone, and against the decoding alone."""
     device, dtype = common.pick_device("auto")
+    n_images = 250 if device.type == "cpu" else 5000
+    drawn = draw_data(folder, train=125, val=1)
+    images = cxr.patients.read_split(drawn, "train", classes=CLASSES)
+    images = (images * math.ceil(n_images / len(images)))[:n_images]
+    args = argparse.Namespace(no_cache=True, cache_dir=None, workers=-1, skip_bad=False)
+    args.feature_batch_size = size = common.BATCH_SIZES[device.type]
     backbone = common.build_backbone("resnet50")
-    args = argparse.Namespace(
-        no_cache=True, cache_dir=None, batch_size=32, workers=-1, skip_bad=False
-    )
-    size = 16 if device.type == "cpu" else args.batch_size
     network = common.prepare_network(backbone.network, device, dtype, compiled=False)
     batch = torch.randn(size, 3, 224, 224).to(device, dtype, memory_format=torch.channels_last)
-    options = {"n_views": 2, "window": WINDOW, "device": device, "dtype": dtype}
+    options = {"n_views": 8, "window": WINDOW, "device": device, "dtype": dtype}
     forward(network, batch, 8)
+    n_batches = max(16, 8 * n_images // size // 4)
     only, whole = [], []
     for _ in range(3):  # in turn, so that a slow minute of the machine hits both
-        only.append(seconds(lambda: forward(network, batch, 16)) / (16 * size))
+        seconds_each = seconds(lambda: forward(network, batch, n_batches))
+        only.append(seconds_each / (n_batches * size))
         passed = seconds(lambda: common.extract_features(backbone, images, args, **options))
-        whole.append(passed / (2 * len(images)))
+        whole.append(passed / (8 * n_images))
     only, whole = min(only) * 1e3, min(whole) * 1e3
     report("(d)", "forward only", only, "the whole pass", whole, "ms/view", only / whole)
+    bench_stand_in(images, args)
+
+
+def bench_stand_in(images, args):
+    """(d): decoding and the pass if the network takes no time, both with a worker for each core."""
+    args.workers, args.feature_batch_size = count_cores(), 256
+    images = (images * 8)[:2000]
+    n_views, device = 8, torch.device("meta")  # copies to it take no time
+    backbone = common.Backbone(NoTime(), "fc", 8, None, None, common.NORMALIZE)
+    options = {"n_views": n_views, "window": WINDOW, "device": device, "dtype": torch.float32}
+
+    def decode_all():
+        views = common.Views(images, n_views, WINDOW)
+        for _ in load_batches(views, 256 // n_views, args.workers, device):
+            pass
+
+    decoding, whole = [], []
+    for _ in range(3):
+        decoding.append(seconds(decode_all))
+        whole.append(seconds(lambda: common.extract_features(backbone, images, args, **options)))
+    per_view = 1e3 / (len(images) * n_views)
+    decoding, whole = min(decoding) * per_view, min(whole) * per_view
+    ours = "the pass, network without time"
+    report("(d)", "decoding by workers", decoding, ours, whole, "ms/view", decoding / whole)
 
 
 def draw_films(folder):
@@ -226,35 +265,78 @@ def bench_decoding(folder):
         report("(e)", f"{name}, plainly", plain, how, ours, "ms/image", plain / ours)
 
 
-def bench_growth(folder):
-    """(f): seconds an image and peak memory of the pass over 1x, 4x and 16x as many images."""
-    code = (
-        "import resource, sys, time, torch, common, cxr.patients\n"
-        "from argparse import Namespace\n"
-        "from pathlib import Path\n"
-        "device, dtype = common.pick_device('auto')\n"
-        "backbone = common.build_backbone('resnet18')\n"
-        "from cxr.folders import CLASSES\n"
-        "xrays = cxr.patients.read_split(sys.argv[1], 'train', classes=CLASSES)\n"
-        "xrays = xrays[: int(sys.argv[3])]\n"
-        "args = Namespace(no_cache=False, cache_dir=Path(sys.argv[2]), batch_size=32, workers=2)\n"
-        "args.skip_bad = False\n"
-        "options = dict(n_views=1, window=2.0, device=device, dtype=dtype)\n"
-        "start = time.perf_counter()\n"
-        "features, *_ = common.extract_features(backbone, xrays, args, **options)\n"
-        "taken = time.perf_counter() - start\n"
-        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
-        "print(taken, peak, features.nbytes)\n"
+def draw_different(folder, n_train, n_test):
+    """Draws phantoms in strongly different poses: as they are, all would be similar images."""
+    pose = v2.RandomAffine(degrees=25, translate=(0.1, 0.1), scale=(0.7, 1.3))
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    for split, n in (("train", n_train), ("test", n_test)):
+        for label, name in enumerate(CLASSES):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(n):
+                patient = 10**6 * (split == "test") + i
+                names = f"IM-{patient:07d}-0001.jpeg", f"person{patient}_virus_1.jpeg"
+                image = pose(draw_phantom(rng, bool(label)))
+                image.save(folder / split / name / names[label], quality=75)
+    return folder
+
+
+def link_part(source, folder, n_train, n_test):
+    """Makes a data folder of links to the first images of each class of another one."""
+    for split, n in (("train", n_train), ("test", n_test)):
+        for name in CLASSES:
+            (folder / split / name).mkdir(parents=True)
+            for path in sorted((source / split / name).iterdir())[:n]:
+                (folder / split / name / path.name).symlink_to(path)
+    return folder
+
+
+def measure(*command):
+    """Runs a script. Returns its seconds and its largest memory in MB."""
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL
     )
-    data = draw_data(folder, train=1600, val=1)
-    for factor in (1, 4, 16):
-        arguments = (data, folder / f"cache{factor}", 200 * factor)
-        command = [sys.executable, "-c", code, *map(str, arguments)]
-        out = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-        taken, peak, features = map(float, out.splitlines()[-1].split())
-        memory = f"{(peak - features) / 1e6:5.0f} MB beyond the features"
-        name = f"(f) {200 * factor:5d} images through a ResNet-18"
-        print(f"{name}: {taken / factor * 5:6.2f} ms/image, {memory}", flush=True)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{command[0]} failed")
+    kilobyte = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
+    return time.perf_counter() - start, usage.ru_maxrss * kilobyte / 1e6
+
+
+def bench_growth(folder):
+    """(f): each step with 1x, 4x and 16x as many images, and how much its time grows."""
+    n_train, n_test, factors = 100, 25, (1, 4, 16)  # images of each class
+    source = draw_different(folder / "all", n_train * factors[-1], n_test * factors[-1])
+    measured = {}
+    for factor in factors:
+        here = folder / f"{factor}x"
+        data = link_part(source, here / "data", n_train * factor, n_test * factor)
+        files = ("--data-dir", data)
+        outputs = ("--checkpoint", here / "model.pth", "--results-dir", here / "results")
+        outputs += ("--cache-dir", here / "cache")
+        train = ("train.py", *files, *outputs, "--arch", "resnet18", "--weights", "random")
+        steps = {
+            "split_val.py --check": ("split_val.py", "--check", *files),
+            "split_val.py": ("split_val.py", *files),
+            "train.py, empty cache": train,
+            "train.py, full cache": train,
+            "evaluate.py, empty cache": ("evaluate.py", *files, *outputs),
+            "evaluate.py, full cache": ("evaluate.py", *files, *outputs),
+        }
+        for name, command in steps.items():
+            measured.setdefault(name, []).append(measure(*command))
+    counts = [2 * (n_train + n_test) * factor for factor in factors]
+    print(f"(f) {counts} images of 224x224 pixels, ResNet-18, 8 views")
+    for name, values in measured.items():
+        text = ", ".join(
+            f"{seconds:.1f} s ({seconds / n * 1e3:.1f} ms/image) {megabytes:.0f} MB"
+            for n, (seconds, megabytes) in zip(counts, values, strict=True)
+        )
+        growth = [later[0] / earlier[0] for earlier, later in zip(values, values[1:])]
+        print(
+            f"(f) {name:25} {text}; time grows by {growth[0]:.1f} and {growth[1]:.1f}", flush=True
+        )
 
 
 BENCHES = {"e": bench_decoding, "d": bench_pass, "a": bench_training, "f": bench_growth}
