@@ -149,9 +149,11 @@ def print_report(report, size):
     text = ", ".join(f"{n} in {split}/" for split, n in pairs.items())
     print(f"pairs of images of one patient within a split: {text}")
     if report["similar"]:
-        print(f"similar images that are no copies: {count_of(report['similar'], 'pair')}. They may")
-        print("be crops or rotations of one film, or different films that happen to be similar;")
-        print(LIST_ALL)
+        n_pairs = count_of(report["similar"], "pair")
+        print(
+            f"similar images: {n_pairs}, which may be crops or rotations of one film, or different"
+        )
+        print(f"films that happen to be similar; {LIST_ALL}")
     print_properties(report, size)
     print_single_numbers(report)
 

@@ -333,10 +333,9 @@ def bench_growth(folder):
             f"{seconds:.1f} s ({seconds / n * 1e3:.1f} ms/image) {megabytes:.0f} MB"
             for n, (seconds, megabytes) in zip(counts, values, strict=True)
         )
-        growth = [later[0] / earlier[0] for earlier, later in zip(values, values[1:])]
-        print(
-            f"(f) {name:25} {text}; time grows by {growth[0]:.1f} and {growth[1]:.1f}", flush=True
-        )
+        small, middle, large = (seconds for seconds, _ in values)
+        growth = f"time grows by {middle / small:.1f} and {large / middle:.1f}"
+        print(f"(f) {name:25} {text}; {growth}", flush=True)
 
 
 BENCHES = {"e": bench_decoding, "d": bench_pass, "a": bench_training, "f": bench_growth}

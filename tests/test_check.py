@@ -154,7 +154,7 @@ def test_a_crop_is_similar_and_neither_an_error_nor_a_warning(fair, capsys):
     similar = {tuple(sorted(files)): similarity for *files, similarity in report["similar"]}
     assert pair in similar and all(0.55 <= similarity < 1 for similarity in similar.values())
     assert report["errors"] == report["warnings"] == [] and report["not_compared"] == 0
-    assert f"similar images that are no copies: {len(similar)} pairs. They may" in screen
+    assert f"similar images: {len(similar)} pairs, which may be crops" in screen
 
 
 @pytest.mark.parametrize(("split", "expected"), [("val", (0, 2)), ("test", (2, 0))])
