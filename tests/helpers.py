@@ -102,11 +102,13 @@ def plain_pixels(path):
     return ((torch.from_numpy(pixels).permute(2, 0, 1) / 255 - mean) / std)[None]
 
 
-def extract(backbone, xrays, n_views, cache=None, dtype=torch.float32, window=2.0, **flags):
-    """Returns what common.extract_features does on the CPU. flags: other values than these."""
+def extract(
+    backbone, xrays, n_views, cache=None, dtype=torch.float32, window=2.0, device="cpu", **flags
+):
+    """Returns what common.extract_features does. flags: other values than these."""
     args = {"cache_dir": cache, "no_cache": cache is None, "feature_batch_size": 4, "workers": 0}
     args = Namespace(**{"skip_bad": False, **args, **flags})
-    options = {"n_views": n_views, "window": window, "device": torch.device("cpu"), "dtype": dtype}
+    options = {"n_views": n_views, "window": window, "device": torch.device(device), "dtype": dtype}
     return common.extract_features(backbone, xrays, args, **options)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torchvision
 from faults import listing, put, within
-from helpers import SCRIPTS, TINY, extract, grey, home_flags, read_about
+from helpers import SCRIPTS, TINY, computed, extract, grey, home_flags, read_about
 from torch import nn
 from tqdm import std as tqdm_module
 
@@ -241,6 +241,33 @@ def test_an_output_that_is_not_finite_is_refused_with_3(images):
     with pytest.raises(Failure, match="not finite") as caught:
         extract(backbone, images, 1)
     assert caught.value.status == 3
+
+
+def test_after_a_device_fails_in_the_middle_the_next_run_computes_only_the_rest(
+    backbone, images, tmp_path, monkeypatch, capsys
+):
+    expected, *_ = extract(backbone, images, 1)
+    prepare_network, calls = common.prepare_network, []
+
+    def prepare_failing_network(*args):
+        network = prepare_network(*args)
+
+        def forward(x):
+            calls.append(x)
+            if len(calls) == 3:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            return network(x)
+
+        return forward
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "prepare_network", prepare_failing_network)
+        with pytest.raises(Failure, match=r"illegal memory access.*--device cpu") as failure:
+            extract(backbone, images, 1, tmp_path)
+    assert failure.value.status == 4
+    capsys.readouterr()
+    features, *_ = extract(backbone, images, 1, tmp_path)
+    assert torch.equal(features, expected) and computed(capsys) == 8  # 4 of 12 were stored
 
 
 def test_workers_that_cannot_start_end_the_run_with_4(run_train, monkeypatch, capsys):
