@@ -8,7 +8,7 @@ from scipy.stats import binomtest, permutation_test
 from cxr.bootstrap import paired_differences
 from cxr.errors import Failure
 from cxr.predictions import as_arrays
-from cxr.scores import measure_scores, score
+from cxr.scores import measure_scores, score, scores_of_sums, summed_columns, weighted_auroc
 
 COMPARED = ("accuracy", "f1", "auroc")
 
@@ -35,15 +35,16 @@ def compare(predictions, other, threshold, other_threshold, seed):
     """
     probs, labels, patients = as_arrays(predictions)
     other_probs, _, _ = as_arrays(other)
-    tensors = torch.from_numpy(probs), torch.from_numpy(other_probs), torch.from_numpy(labels)
+    truth = torch.from_numpy(labels)
+    mine = score(torch.from_numpy(probs), truth, threshold, COMPARED)
+    theirs = score(torch.from_numpy(other_probs), truth, other_threshold, COMPARED)
+    values = [mine[name] - theirs[name] for name in COMPARED]
 
-    def differences(rows):
-        mine, theirs, truth = (tensor[rows] for tensor in tensors)
-        scores = score(mine, truth, threshold, COMPARED)
-        other_scores = score(theirs, truth, other_threshold, COMPARED)
-        return [scores[name] - other_scores[name] for name in COMPARED]
+    def differences(weights):
+        mine = compared_scores(probs, labels, threshold, weights)
+        return mine - compared_scores(other_probs, labels, other_threshold, weights)
 
-    intervals = paired_differences(labels, patients, differences, seed)
+    intervals = paired_differences(values, labels, patients, differences, seed)
     other_metrics = measure_scores(other, other_threshold, seed)
     correct = (probs > threshold) == labels
     other_correct = (other_probs > other_threshold) == labels
@@ -53,6 +54,13 @@ def compare(predictions, other, threshold, other_threshold, seed):
         "right_only_here": int((correct & ~other_correct).sum()),
         "right_only_there": int((other_correct & ~correct).sum()),
     } | paired_sign_test(correct, other_correct, patients, seed)
+
+
+def compared_scores(probs, labels, threshold, weights):
+    """Returns the scores in COMPARED of bootstrap samples, float64 (samples, 3)."""
+    scores = scores_of_sums(weights @ summed_columns(probs, labels, threshold))
+    scores["auroc"] = weighted_auroc(probs, labels, weights)
+    return np.column_stack([scores[name] for name in COMPARED])
 
 
 def paired_sign_test(correct, other_correct, patients, seed):

@@ -12,7 +12,7 @@ import torchmetrics.functional.classification as tm
 from scipy.special import expit, logit
 from scipy.stats import rankdata
 
-from cxr.bootstrap import bootstrap_patients, logit_t_intervals
+from cxr.bootstrap import bca_intervals, logit_t_intervals
 from cxr.calibration import fit_logistic
 from cxr.errors import Failure
 from cxr.predictions import as_arrays, metadata_columns
@@ -35,18 +35,17 @@ def score(probs, labels, threshold, names=SCORES):
     probs: float32 (N,), P(positive); labels: int64 (N,). An image counts as positive if its
     probability is above the threshold, not if it is equal.
     """
-    fast = {"validate_args": False}  # the bootstrap calls this thousands of times
     functions = {
-        "accuracy": partial(tm.binary_accuracy, threshold=threshold, **fast),
-        "f1": partial(tm.binary_f1_score, threshold=threshold, **fast),
-        "auroc": partial(tm.binary_auroc, **fast),
-        "average_precision": partial(tm.binary_average_precision, **fast),
-        "sensitivity": partial(tm.binary_recall, threshold=threshold, **fast),
-        "specificity": partial(tm.binary_specificity, threshold=threshold, **fast),
-        "ppv": partial(tm.binary_precision, threshold=threshold, **fast),
-        "npv": partial(tm.binary_negative_predictive_value, threshold=threshold, **fast),
+        "accuracy": partial(tm.binary_accuracy, threshold=threshold),
+        "f1": partial(tm.binary_f1_score, threshold=threshold),
+        "auroc": partial(tm.binary_auroc),
+        "average_precision": partial(tm.binary_average_precision),
+        "sensitivity": partial(tm.binary_recall, threshold=threshold),
+        "specificity": partial(tm.binary_specificity, threshold=threshold),
+        "ppv": partial(tm.binary_precision, threshold=threshold),
+        "npv": partial(tm.binary_negative_predictive_value, threshold=threshold),
         "brier": lambda probs, labels: (probs - labels).square().mean(),  # squared error
-        "ece": partial(tm.binary_calibration_error, n_bins=15, **fast),  # Guo et al. 2017
+        "ece": partial(tm.binary_calibration_error, n_bins=15),  # Guo et al. 2017
     }
     result = {name: float(functions[name](probs, labels)) for name in names}
     # Without a positive (or negative) prediction torchmetrics gives 0, but the score is undefined.
@@ -77,19 +76,21 @@ def measure_scores(predictions, threshold, seed):
     metrics = {name: {"value": value, "low": None, "high": None} for name, value in values.items()}
     metrics |= measure_proportions(probs, labels, patients, threshold)
 
-    def scores_of(names, rows):
-        return list(score(tensors[0][rows], tensors[1][rows], threshold, names).values())
+    def t_scores(weights):
+        functions = weighted_auroc, weighted_average_precision
+        return np.column_stack([function(probs, labels, weights) for function in functions])
 
-    intervals = logit_t_intervals(labels, patients, partial(scores_of, T_INTERVAL), seed)
+    def bca_scores(sums):
+        return np.column_stack([scores_of_sums(sums)[name] for name in BCA_INTERVAL])
+
+    t_values = [values[name] for name in T_INTERVAL]
+    intervals = logit_t_intervals(t_values, labels, patients, t_scores, seed)
     metrics |= dict(zip(T_INTERVAL, intervals, strict=True))
 
-    scores_of_rows = partial(scores_of, BCA_INTERVAL)
-    samples, _ = bootstrap_patients(labels, patients, scores_of_rows, seed, "BCa")
-    for name, low, high in zip(BCA_INTERVAL, *samples.confidence_interval, strict=True):
-        # If all bootstrap samples are equal, there is no interval.
-        if math.isfinite(low + high) and low < high:
-            metrics[name] |= {"low": float(low), "high": float(high)}
-    return metrics
+    bca_values = [values[name] for name in BCA_INTERVAL]
+    columns = summed_columns(probs, labels, threshold)
+    intervals = bca_intervals(bca_values, labels, patients, columns, bca_scores, seed)
+    return metrics | dict(zip(BCA_INTERVAL, intervals, strict=True))
 
 
 def measure_proportions(probs, labels, patients, threshold):
@@ -138,11 +139,12 @@ def measure_subgroup(subgroup, group, metric, threshold, seed):
     if set(labels) != needed:
         return None
 
-    def auroc(rows):
-        return aurocs(probs[None, rows], labels[rows])
+    def auroc(weights):
+        return weighted_auroc(probs, labels, weights)[:, None]
 
     if metric == "auroc":
-        interval = logit_t_intervals(labels, patients, auroc, seed)[0]
+        values = aurocs(probs[None], labels)
+        interval = logit_t_intervals(values, labels, patients, auroc, seed)[0]
     else:
         interval = wilson_interval((probs > threshold) == labels, patients)
     return {"group": group, "metric": metric, "n": len(labels)} | interval
@@ -200,6 +202,68 @@ def aurocs(scores, labels):
     # The AUROC is the statistic U of Mann and Whitney, divided by the number of pairs.
     rank_sums = rankdata(scores, axis=1)[:, labels == 1].sum(1)
     return (rank_sums - n_positive * (n_positive + 1) / 2) / n_pairs
+
+
+def weighted_auroc(scores, labels, weights):
+    """Computes the AUROC of bootstrap samples, float64 (samples,).
+
+    scores: (N,), higher for positive images; labels: int (N,), 0 or 1; weights: float64 (samples,
+    N), how often a sample contains each image.
+    """
+    positive = np.flatnonzero(labels == 1)
+    negative_scores, weight_below = cumulate(scores, weights, np.flatnonzero(labels == 0))
+    n_lower = np.searchsorted(negative_scores, scores[positive], "left")  # for each positive image
+    n_not_higher = np.searchsorted(negative_scores, scores[positive], "right")
+    # A positive image wins against each negative image with a lower score; a tie is half a win.
+    wins = weight_below.take(n_lower, axis=1) + weight_below.take(n_not_higher, axis=1)
+    positive_weights = weights.take(positive, axis=1)
+    n_pairs = positive_weights.sum(1) * weight_below[:, -1]
+    return np.einsum("sn,sn->s", positive_weights, wins) / (2 * n_pairs)
+
+
+def weighted_average_precision(scores, labels, weights):
+    """Computes the average precision of bootstrap samples; arguments as for weighted_auroc."""
+    positive = np.flatnonzero(labels == 1)
+    # Each score of a positive image is a threshold. Images with this or a higher score are found.
+    found = []
+    for rows in (positive, np.flatnonzero(labels == 0)):
+        sorted_scores, weight_before = cumulate(-scores, weights, rows)
+        n_found = np.searchsorted(sorted_scores, -scores[positive], "right")
+        found.append(weight_before.take(n_found, axis=1))
+    true, false = found
+    precision = true / np.maximum(true + false, 1)  # the weight is 0 if nothing is found
+    positive_weights = weights.take(positive, axis=1)
+    return np.einsum("sn,sn->s", positive_weights, precision) / positive_weights.sum(1)
+
+
+def cumulate(scores, weights, rows):
+    """Sorts the images of these rows by their scores.
+
+    Returns (sorted scores (n,), the total weight of the images before each place (samples, n + 1)).
+    """
+    order = rows[np.argsort(scores[rows])]
+    totals = np.zeros((len(weights), len(order) + 1))
+    np.cumsum(weights.take(order, axis=1), axis=1, out=totals[:, 1:])
+    return scores[order], totals
+
+
+def summed_columns(probs, labels, threshold):
+    """Returns what accuracy, F1 and Brier score are computed from, if summed: float64 (N, 4)."""
+    is_positive = probs > np.float32(threshold)  # as torchmetrics compares
+    true_positive = is_positive & (labels == 1)
+    wrong = is_positive != (labels == 1)
+    squared_error = np.square(probs - labels)
+    return np.column_stack([np.ones(len(labels)), true_positive, wrong, squared_error])
+
+
+def scores_of_sums(sums):
+    """Computes {accuracy, f1, brier}, each (samples,).
+
+    sums: of summed_columns over the images of each sample, float64 (samples, 4).
+    """
+    n, true_positives, n_wrong, squared_errors = sums.T
+    f1 = 2 * true_positives / np.maximum(2 * true_positives + n_wrong, 1)  # 0 instead of 0 / 0
+    return {"accuracy": 1 - n_wrong / n, "f1": f1, "brier": squared_errors / n}
 
 
 def below_chance(auroc):

@@ -14,7 +14,7 @@ from sklearn.preprocessing import StandardScaler
 from cxr.bootstrap import paired_differences
 from cxr.measurements import image_numbers
 from cxr.predictions import as_arrays
-from cxr.scores import aurocs
+from cxr.scores import aurocs, weighted_auroc
 
 MAX_IMAGES = 2000  # training images that are read for the baselines; milliseconds each
 
@@ -65,12 +65,13 @@ def single_number_baselines(predictions, xrays, training, reason, size, seed):
     scores = np.vstack([probs, signs[:, None] * test_numbers])  # row 0: the network
 
     # The accuracy would be unfair: the number's cut-off is fitted to it, the network's is not.
-    def differences(rows):
-        network, *others = aurocs(scores[:, rows], labels[rows])
-        return np.subtract(network, others)
+    def differences(weights):
+        sampled = [weighted_auroc(row, labels, weights) for row in scores]
+        return sampled[0][:, None] - np.column_stack(sampled[1:])
 
-    gains = paired_differences(labels, patients, differences, seed)
-    test_aurocs = aurocs(scores, labels)[1:]
+    network_auroc, *test_aurocs = aurocs(scores, labels)
+    values = np.subtract(network_auroc, test_aurocs)
+    gains = paired_differences(values, labels, patients, differences, seed)
     numbers = {}
     for name, sign, auroc, gain in zip(names, signs, test_aurocs, gains, strict=True):
         numbers[name] = {"sign": int(sign), "auroc": float(auroc), "difference": gain}

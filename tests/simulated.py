@@ -9,7 +9,6 @@ import torch
 from scipy.special import expit
 
 from cxr.patients import patient_from_name
-from cxr.scores import SCORES, score
 
 
 def table_of(files, labels, probs):
@@ -70,22 +69,3 @@ def by_scikit_learn(labels, probs, threshold):
         "brier": np.mean((probs.astype(float) - labels) ** 2),
         "ece": calibration_error(labels, probs),
     }
-
-
-def quick_score(probs, labels, threshold, names=SCORES):
-    """Computes the same as cxr.scores.score for one or two names, ten times as fast."""
-    if len(names) > 2:
-        return score(probs, labels, threshold, names)
-    order, positive = np.argsort(-probs.numpy()), probs.numpy() > np.float32(threshold)
-    p, y = probs.numpy()[order], labels.numpy()[order]
-    last = np.append(p[1:] != p[:-1], True)  # of equal probabilities
-    tp, n = np.cumsum(y)[last], np.arange(1, len(y) + 1)[last]
-    fp, hits = n - tp, positive[order] & (y == 1)
-    area = (np.diff(fp, prepend=0) * (tp + np.append(0, tp[:-1]))).sum() / 2
-    scores = {
-        "f1": 2 * hits.sum() / max(1, positive.sum() + tp[-1]),
-        "auroc": area / tp[-1] / fp[-1],
-        "average_precision": (np.diff(tp, prepend=0) * tp / n).sum() / tp[-1],
-        "brier": np.square(p - y).mean(),
-    }
-    return {name: float(scores[name]) for name in names}

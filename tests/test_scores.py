@@ -7,12 +7,20 @@ import sklearn.metrics
 import torch
 from helpers import read_report, read_rows, with_table, write_rows
 from scipy.special import expit
-from simulated import by_scikit_learn, quick_score, table_of
+from simulated import by_scikit_learn, table_of
 
 import cxr.bootstrap
-import cxr.scores
 from cxr.folders import CLASSES
-from cxr.scores import aurocs, count_outcomes, measure_scores, score
+from cxr.scores import (
+    aurocs,
+    count_outcomes,
+    measure_scores,
+    score,
+    scores_of_sums,
+    summed_columns,
+    weighted_auroc,
+    weighted_average_precision,
+)
 
 
 def score_vectors():
@@ -35,11 +43,7 @@ def test_scores_and_intervals_equal_scikit_learn_and_scipy(labels, probs, thresh
     expected = by_scikit_learn(labels, probs, threshold)
     assert score(*tensors, threshold) == pytest.approx(expected, abs=1e-6)
     assert aurocs(probs[None], labels)[0] == pytest.approx(expected["auroc"], abs=1e-9)
-    for names in (("f1", "auroc"), ("average_precision", "brier")):  # as the bootstrap calls it
-        in_simulations = quick_score(*tensors, threshold, names)
-        assert in_simulations == pytest.approx({name: expected[name] for name in names}, abs=1e-6)
     monkeypatch.setattr(cxr.bootstrap, "DRAWS", 5)
-    monkeypatch.setattr(cxr.scores, "score", quick_score)
     table = table_of([f"{i}.png" for i in range(len(labels))], labels, probs)
     metrics = measure_scores(table, threshold, 0)
     values = {name: metric["value"] for name, metric in metrics.items()}
@@ -54,6 +58,20 @@ def test_scores_and_intervals_equal_scikit_learn_and_scipy(labels, probs, thresh
         if n:
             limits = scipy.stats.binomtest(int(k), int(n)).proportion_ci(method="wilson")
         assert (metrics[name]["low"], metrics[name]["high"]) == pytest.approx(limits, abs=1e-9)
+
+
+@pytest.mark.parametrize(("labels", "probs", "threshold"), [*score_vectors()])
+def test_scores_with_weights_equal_scikit_learn(labels, probs, threshold):
+    weights = np.random.default_rng(1).integers(0, 4, (5, len(labels))).astype(float)
+    weights[:, [labels.argmin(), labels.argmax()]] += 1  # both classes are in each sample
+    found = scores_of_sums(weights @ summed_columns(probs, labels, threshold))
+    found["auroc"] = weighted_auroc(probs, labels, weights)
+    found["average_precision"] = weighted_average_precision(probs, labels, weights)
+    for row, counts in enumerate(weights.astype(int)):
+        repeated = np.repeat(np.arange(len(labels)), counts)
+        expected = by_scikit_learn(labels[repeated], probs[repeated], threshold)
+        for name, values in found.items():
+            assert values[row] == pytest.approx(expected[name], abs=1e-9), name
 
 
 def test_logits_are_never_taken_for_probs(run_evaluate, remake, tmp_path, capsys):
