@@ -1,5 +1,6 @@
 """The package as a whole: what an import loads, and in which direction the imports go."""
 
+import gc
 import subprocess
 import sys
 
@@ -30,6 +31,10 @@ def test_a_check_loads_neither_torch_nor_matplotlib(pytestconfig):
     loaded = modules_after("import split_val, cxr.check", pytestconfig.rootpath)
     assert "sklearn" in loaded
     assert not loaded & {"torch", "torchvision", "torchmetrics", "matplotlib"}
+
+
+def test_the_garbage_collector_runs_but_leaves_the_imported_packages_alone():
+    assert gc.isenabled() and gc.get_freeze_count() > 100_000
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
