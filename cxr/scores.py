@@ -12,7 +12,7 @@ import torchmetrics.functional.classification as tm
 from scipy.special import expit, logit
 from scipy.stats import rankdata
 
-from cxr.bootstrap import bca_intervals, logit_t_intervals
+from cxr.bootstrap import bca_intervals, draw_scores, logit_t_intervals
 from cxr.calibration import fit_logistic
 from cxr.errors import Failure
 from cxr.predictions import as_arrays, metadata_columns
@@ -76,20 +76,23 @@ def measure_scores(predictions, threshold, seed):
     metrics = {name: {"value": value, "low": None, "high": None} for name, value in values.items()}
     metrics |= measure_proportions(probs, labels, patients, threshold)
 
-    def t_scores(weights):
-        functions = weighted_auroc, weighted_average_precision
-        return np.column_stack([function(probs, labels, weights) for function in functions])
+    columns = summed_columns(probs, labels, threshold)
 
     def bca_scores(sums):
         return np.column_stack([scores_of_sums(sums)[name] for name in BCA_INTERVAL])
 
-    t_values = [values[name] for name in T_INTERVAL]
-    intervals = logit_t_intervals(t_values, labels, patients, t_scores, seed)
-    metrics |= dict(zip(T_INTERVAL, intervals, strict=True))
+    def statistic(weights):
+        auroc = weighted_auroc(probs, labels, weights)
+        average_precision = weighted_average_precision(probs, labels, weights)
+        return np.column_stack([auroc, average_precision, bca_scores(weights @ columns)])
 
+    samples = draw_scores(labels, patients, statistic, seed)
+    t_samples, bca_samples = np.split(samples, [len(T_INTERVAL)], axis=1)
+    t_values = [values[name] for name in T_INTERVAL]
+    intervals = logit_t_intervals(t_values, t_samples, labels, patients)
+    metrics |= dict(zip(T_INTERVAL, intervals, strict=True))
     bca_values = [values[name] for name in BCA_INTERVAL]
-    columns = summed_columns(probs, labels, threshold)
-    intervals = bca_intervals(bca_values, labels, patients, columns, bca_scores, seed)
+    intervals = bca_intervals(bca_values, bca_samples, labels, patients, columns, bca_scores)
     return metrics | dict(zip(BCA_INTERVAL, intervals, strict=True))
 
 
@@ -144,7 +147,8 @@ def measure_subgroup(subgroup, group, metric, threshold, seed):
 
     if metric == "auroc":
         values = aurocs(probs[None], labels)
-        interval = logit_t_intervals(values, labels, patients, auroc, seed)[0]
+        samples = draw_scores(labels, patients, auroc, seed)
+        interval = logit_t_intervals(values, samples, labels, patients)[0]
     else:
         interval = wilson_interval((probs > threshold) == labels, patients)
     return {"group": group, "metric": metric, "n": len(labels)} | interval

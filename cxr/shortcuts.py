@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from cxr.bootstrap import paired_differences
+from cxr.bootstrap import draw_scores, paired_differences
 from cxr.measurements import image_numbers
 from cxr.predictions import as_arrays
 from cxr.scores import aurocs, weighted_auroc
@@ -71,7 +71,8 @@ def single_number_baselines(predictions, xrays, training, reason, size, seed):
 
     network_auroc, *test_aurocs = aurocs(scores, labels)
     values = np.subtract(network_auroc, test_aurocs)
-    gains = paired_differences(values, labels, patients, differences, seed)
+    samples = draw_scores(labels, patients, differences, seed)
+    gains = paired_differences(values, samples)
     numbers = {}
     for name, sign, auroc, gain in zip(names, signs, test_aurocs, gains, strict=True):
         numbers[name] = {"sign": int(sign), "auroc": float(auroc), "difference": gain}

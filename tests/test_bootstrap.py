@@ -142,7 +142,8 @@ def interval_of_equal_models(rng, design, seed):
         return np.subtract(*aurocs_of_samples)[:, None]
 
     value = np.subtract(*aurocs(np.stack([mine, other]), labels))
-    return paired_differences([value], labels, patients, auroc_difference, seed)[0]
+    samples = draw_scores(labels, patients, auroc_difference, seed)
+    return paired_differences([value], samples)[0]
 
 
 def test_the_intervals_of_paired_differences_contain_the_true_difference(monkeypatch):
