@@ -13,6 +13,7 @@ import copy
 import math
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -160,10 +161,10 @@ class Standardize(nn.Module):
     def __init__(self, features):
         """features: float, also of 16 bits (N, n_views, width), of the training images."""
         super().__init__()
-        columns = features.flatten(0, 1).split(64, dim=1)  # not all at once in float32
-        stds, means = zip(
-            *(torch.std_mean(c.float(), 0, correction=0) for c in columns), strict=True
-        )
+        # In columns and threads: std_mean is slow, and in float32 all features might be too large.
+        columns = features.flatten(0, 1).split(16, dim=1)
+        with ThreadPoolExecutor() as pool:
+            stds, means = zip(*pool.map(std_and_mean, columns), strict=True)
         std = torch.cat(stds)
         smallest = 0.1 * std.square().mean().sqrt().item()
         self.register_buffer("mean", torch.cat(means))
@@ -171,6 +172,11 @@ class Standardize(nn.Module):
 
     def forward(self, x):
         return (x.float() - self.mean) / self.std
+
+
+def std_and_mean(features):
+    """Returns the standard deviation and the mean of each column, in float32."""
+    return torch.std_mean(features.float(), dim=0, correction=0)
 
 
 def fold_standardization(model):
