@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from cxr.decode import is_dicom
 from cxr.errors import LIST_ALL, SHOWN, UNDO, Failure, is_system_error, warn
+from cxr.files import hash_file
 from cxr.folders import SPLITS, check_split_is_complete, list_images, list_splits
 from cxr.hashes import Hashes
 from cxr.tables import below_data, match_rows, read_table, unify_ids
@@ -106,13 +107,13 @@ def identify_all(listed, rows, hash_dir=None):
     """
     hashes = Hashes(hash_dir)
     with ThreadPoolExecutor() as pool:
-        xrays = list(pool.map(lambda entry: identify(*entry, rows, hashes), listed))
+        xrays = list(pool.map(lambda entry: identify(*entry, rows, hashes.hash), listed))
     hashes.save()
     return xrays
 
 
-def identify(path, label, split, rows, hashes):
-    """Returns the Xray of a file, with its hash and its patient. hashes: cxr.hashes.Hashes."""
+def identify(path, label, split, rows, hash_image=hash_file):
+    """Returns the Xray of a file, with its hash and its patient."""
     columns = dict(rows.get(path, {}))
     columns.pop("file_name", None)
     # The patient comes from metadata.csv, else from DICOM's PatientID, else from the file name.
@@ -121,7 +122,7 @@ def identify(path, label, split, rows, hashes):
     return Xray(
         path=path,
         label=label,
-        sha256=hashes.hash(path),
+        sha256=hash_image(path),
         split=split,
         patient=certain or patient_from_name(path.name),
         group=group or f"{path.parent.name}/{path.name}",
