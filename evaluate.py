@@ -46,6 +46,7 @@ from cxr.predictions import (
     predicted_classes,
     read_predictions,
     with_etiology,
+    with_names,
     write_predictions,
 )
 from cxr.proportions import PREVALENCES, PROPORTIONS, predictive_values
@@ -219,6 +220,7 @@ def predict(model, xrays, names, args):
     if not probs.isfinite().all():
         raise Failure(f"{args.checkpoint}: gives probabilities that are not finite; train again", 3)
     columns = {
+        "number": range(1, len(xrays) + 1),
         "file": names,
         "label": [xray.label for xray in xrays],
         "probability": math.nan,
@@ -294,6 +296,7 @@ def summarise(predictions, origin, other, args):
     return {
         **origin,
         "warnings": list(dict.fromkeys(warnings)),  # each once
+        "unlike": with_numbers(origin["unlike"], predictions),
         "n": len(readable),
         "patients": len(set(patients)),
         "patients_by_class": {
@@ -320,6 +323,14 @@ def summarise(predictions, origin, other, args):
         "comparison": compare_with_other(readable, threshold, other, args),
         "versions": versions(*PACKAGES),
     }
+
+
+def with_numbers(novelty, predictions):
+    """Adds the numbers of novelty["files"] to the result of measure_novelty, which may be None."""
+    if novelty is None:
+        return None
+    numbers = dict(zip(predictions["file"], predictions["number"].tolist(), strict=True))
+    return novelty | {"numbers": [numbers[f] for f in novelty["files"] if f in numbers]}
 
 
 def list_without_interval(metrics):
@@ -386,12 +397,12 @@ def score_split(args):
     draw_worst(args.results_dir / "worst.png", model, views, readable, report)
     write_report(args.results_dir, report, predictions, PICTURES)
     if args.cam:
-        write_overlays(args.cam, model, views, readable["probability"])
-    print_report(report)
+        write_overlays(args.cam, model, views, readable)
+    print_report(report, predictions)
     print(f"Wrote report.html, metrics.json, predictions.csv and pictures to {args.results_dir}")
-    print(f"The report to read (it shows X-rays and names): {args.results_dir / 'report.html'}")
+    print(f"The report to read (it shows X-rays): {args.results_dir / 'report.html'}")
     for text in report["warnings"]:
-        warn(text)
+        warn(with_names(text, predictions))
 
 
 def describe_origin(args, model, predictions, xrays, rows, novelty):
@@ -415,7 +426,8 @@ def describe_origin(args, model, predictions, xrays, rows, novelty):
         "split": args.split,
         "data": str(args.data_dir / args.split),
         "model": describe_model(args.checkpoint, model.info),
-        "warnings": model.warnings + leak_warnings(model.info, xrays, training, args.split),
+        "warnings": model.warnings
+        + leak_warnings(model.info, xrays, predictions["number"], training, args.split),
         "unlike": novelty,
         "threshold": threshold,
         "threshold_from": threshold_from,
@@ -442,22 +454,24 @@ def classify_new(args):
         warn(text)
     if args.cam:
         views = readable_views(model, xrays, predictions)
-        write_overlays(args.cam, model, views, drop_unreadable(predictions)["probability"])
+        write_overlays(args.cam, model, views, drop_unreadable(predictions))
     print(f"\nWrote {path}{replaced}")
 
 
 def print_predictions(predictions, threshold, classes):
     """Prints probability and predicted class of each image."""
+    digits = max(len("no."), len(str(len(predictions))))
     width = max(len(file) for file in predictions["file"])
     header = f"P({classes[1]})"
-    print(f"{'file':{width}}  {header}  prediction")
+    print(f"{'no.':>{digits}}  {'file':{width}}  {header}  prediction")
     predicted = predicted_classes(predictions, threshold, classes)
     for row, name in zip(predictions.itertuples(), predicted, strict=True):
         prob = "-" if row.error else f"{row.probability:.3f}"
         novelty = ""
         if row.unlike > 1:
             novelty = f", unlike the training images (novelty {row.unlike:.2g}, usually below 1)"
-        print(f"{row.file:{width}}  {prob:>{len(header)}}  {row.error or name}{novelty}")
+        image = f"{row.number:{digits}}  {row.file:{width}}"
+        print(f"{image}  {prob:>{len(header)}}  {row.error or name}{novelty}")
 
 
 def rescore(args):
@@ -476,11 +490,11 @@ def rescore(args):
         # Without the images there is no picture of the worst ones.
         pictures = [name for name in PICTURES if name != "worst"]
         write_report(args.results_dir, report, predictions, pictures)
-    print_report(report)
+    print_report(report, predictions)
     if args.results_dir:
         print(f"Wrote all files except worst.png, which needs the images, to {args.results_dir}")
     for text in report["warnings"]:
-        warn(text)
+        warn(with_names(text, predictions))
 
 
 def earlier_origin(args, predictions, before, classes):

@@ -6,7 +6,7 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
-from cxr.files import atomic_write, printable, save_figure
+from cxr.files import atomic_write, save_figure
 from cxr.folders import COLOURS
 
 VIEW_NAMES = {0: "view 0: the image", 1: "view 1: mirrored"}
@@ -69,7 +69,7 @@ def draw_samples(path, xrays, views, classes):
     for row, xray in enumerate(xrays):
         for column, view in enumerate(views[row]):
             x, y = column * width + margin, row * height + margin
-            title = f"{classes[xray.label]} {printable(xray.path.name):.20}" if column == 0 else ""
+            title = classes[xray.label] if column == 0 else ""
             name = VIEW_NAMES.get(column, f"view {column}")
             draw.text((x, y), f"{title}\n{name}", "black", font)
             sheet.paste(view, (x, y + text_height))

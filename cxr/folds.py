@@ -47,7 +47,7 @@ def rank_doubtful(probs, labels, xrays, threshold, data_dir, classes):
     """Ranks images by how wrong their held-out predictions are, the worst first.
 
     probs: float32 (n_repeats, N), of heads that were not trained on the image; labels: float32
-    (N,). Returns (row numbers in this order, the lines of doubtful_labels.csv as dicts).
+    (N,). Returns (rows in this order, the lines of doubtful_labels.csv as dicts).
     """
     # Ranks like self-confidence, the probability of the given label (Northcutt et al. 2021).
     losses = nn.functional.binary_cross_entropy(probs, labels.expand_as(probs), reduction="none")
@@ -55,9 +55,9 @@ def rank_doubtful(probs, labels, xrays, threshold, data_dir, classes):
     n_missed = ((probs > threshold) != (labels > 0.5)).sum(0)
     order = mean_loss.argsort(descending=True, stable=True).tolist()
     table = []
-    for row in order:
+    for number, row in enumerate(order, 1):
         file = printable(xrays[row].path.relative_to(data_dir))
-        line = {"file": file, "label": classes[xrays[row].label]}
+        line = {"number": number, "file": file, "label": classes[xrays[row].label]}
         line |= {"mean_probability": mean_prob[row].item(), "mean_loss": mean_loss[row].item()}
         line |= {"missed": n_missed[row].item(), "repeats": len(probs)}
         table.append(line)
@@ -91,9 +91,8 @@ def draw_doubtful(path, table, pictures, positive):
         ax.axis("off")
     for ax, row, picture in zip(figure.axes, table, pictures, strict=False):
         ax.imshow(picture, cmap="gray", vmin=0, vmax=255)
-        name = row["file"].rpartition("/")[2]
         text = f"label {row['label']}, held-out P {row['mean_probability']:.2f}"
-        ax.set_title(f"{name:.34}\n{text}", fontsize=7, parse_math=False)
+        ax.set_title(f"no. {row['number']}\n{text}", fontsize=7, parse_math=False)
     save_figure(path, figure, 110)
 
 

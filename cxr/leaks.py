@@ -4,7 +4,6 @@ import contextlib
 from collections import Counter
 
 from cxr.errors import Failure
-from cxr.files import printable
 from cxr.folders import list_splits
 from cxr.patients import METADATA, identify_all
 
@@ -23,18 +22,18 @@ def list_training_xrays(data_dir, rows, classes, hash_dir=None):
     """
     try:
         listed = list_splits(data_dir, ["train"], classes)
-    except Failure as reason:
-        return [], str(reason)
+    except Failure:  # its message may name a file, and the page shows the reason
+        return [], "there is no usable train/; split_val.py --check (make check) says why"
     with contextlib.suppress(Failure):  # there is no val/, or it cannot be used
         listed += list_splits(data_dir, ["val"], classes)
     return identify_all(listed, rows, hash_dir), ""
 
 
-def leak_warnings(model_info, xrays, training, split):
+def leak_warnings(model_info, xrays, numbers, training, split):
     """Returns warnings about images that the model knows, and about a model of other data.
 
-    model_info: the content of model.json; xrays: the images that are scored, of `split`;
-    training: the Xrays of train/ and val/.
+    model_info: the content of model.json; xrays: the images that are scored, of `split`; numbers:
+    theirs in predictions.csv; training: the Xrays of train/ and val/.
     """
     learned = set()  # SHA-256 of the model's training and validation images
     for images in model_info.get("images", {}).values():
@@ -53,15 +52,16 @@ def leak_warnings(model_info, xrays, training, split):
         return warnings
 
     used = learned | present  # the folders may have changed since the training
-    same = [xray for xray in xrays if xray.sha256 in used]
     patients = {xray.patient for xray in training} - {None}
-    shared = [xray for xray in xrays if xray.patient in patients]
+    numbered = list(zip(xrays, numbers, strict=True))
+    same = [number for xray, number in numbered if xray.sha256 in used]
+    shared = [number for xray, number in numbered if xray.patient in patients]
     if same:
-        example = f"for example {printable(same[0].path.name)}"
+        example = f"for example no. {same[0]}"
         what = "test images ARE ALSO TRAINING OR VALIDATION IMAGES"
         warnings.append(f"{len(same)} of {len(xrays)} {what}, {example}: {NO_RESULT}")
     if shared:
-        example = f"for example {printable(shared[0].path.name)}"
+        example = f"for example no. {shared[0]}"
         what = "test images are from patients who are also in train/ or val/"
         warnings.append(f"{len(shared)} of {len(xrays)} {what}, {example}: {NO_RESULT}")
     return warnings

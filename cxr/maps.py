@@ -95,30 +95,32 @@ def read_overlays(model, views, rows):
             yield view[0].numpy(), picture
 
 
-def write_overlays(folder, model, views, probs):
-    """Writes one PNG for each image into `folder`, in a subfolder of its class if it has a label.
+def write_overlays(folder, model, views, predictions):
+    """Writes map_17.png for image no. 17 into `folder`, or into its class folder if it has a label.
 
-    probs: float32 (N,), P(positive) of the images.
+    Maps of an earlier run are removed, because there the numbers may be those of other images.
+    views: common.Views of the images in `predictions`.
     """
     classes = model.info["classes"]
     font = PIL.ImageFont.load_default(14)
     written = set()
     overlays = read_overlays(model, views, list(range(len(views))))
-    for xray, prob, (_, picture) in zip(views.xrays, probs, overlays, strict=True):
-        title = f"P({classes[1]}) {prob:.3f}"
+    for xray, row, (_, picture) in zip(
+        views.xrays, predictions.itertuples(), overlays, strict=True
+    ):
+        title = f"no. {row.number}: P({classes[1]}) {row.probability:.3f}"
         subfolder = folder
         if xray.label is not None:
             title += f", label {classes[xray.label]}"
             subfolder = folder / classes[xray.label]
-        path = subfolder / f"{xray.path.name}.png"
-        number = 2
-        while path in written:  # new images of two folders may have one name
-            path = subfolder / f"{xray.path.name}-{number}.png"
-            number += 1
+        path = subfolder / f"map_{row.number}.png"
         written.add(path)
         sheet = PIL.Image.new("RGB", (448, 488), "white")
         sheet.paste(PIL.Image.fromarray(picture).resize((448, 448)), (0, 40))
         PIL.ImageDraw.Draw(sheet).text((4, 2), f"{title}\n{legend(classes)}", "black", font)
         with atomic_write(path) as file:
             sheet.save(file, format="png")
+    for subfolder in (folder, *(folder / name for name in classes)):
+        for path in set(subfolder.glob("map_[0-9]*.png")) - written:
+            path.unlink()
     print(f"Wrote class activation maps of {len(views)} images to {folder}")

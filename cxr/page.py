@@ -15,6 +15,7 @@ from cxr.errors import SHOWN, either
 from cxr.files import atomic_write
 from cxr.novelty import SHIFT
 from cxr.patients import METADATA
+from cxr.predictions import with_names
 from cxr.proportions import format_interval
 
 NAMES = {"f1": "F1", "auroc": "AUROC", "ppv": "PPV", "npv": "NPV", "ece": "ECE"}
@@ -27,15 +28,19 @@ PICTURES = {
     "confusion": "Confusion matrix: the true and the predicted classes",
     "reliability": "Calibration: predicted probability and observed share",
     "scores": "Probabilities of the images of each class",
-    "worst": "Misclassified images; if there are none, those nearest to the threshold",
+    "worst": "Misclassified images; if there are none, those nearest to the threshold. The numbers "
+    "are those in predictions.csv",
 }
 
 
 # ---------------------------------------------------------------- the screen
 
 
-def print_report(report):
-    """Prints the report. The first two lines keep their form, so that runs can be compared."""
+def print_report(report, predictions):
+    """Prints the report. The first two lines keep their form, so that runs can be compared.
+
+    predictions: the table, for the names of the images.
+    """
     split = report["split"].capitalize()
     print(f"{split} accuracy: {report['metrics']['accuracy']['value']:.3f}")
     print(f"{split} F1-score: {report['metrics']['f1']['value']:.3f}\n")
@@ -44,7 +49,7 @@ def print_report(report):
     print_scores(report)
     for title, lines in sections(report):
         separator = " " if len(lines) == 1 else "\n  "
-        print(separator.join([f"{title}:", *lines]))
+        print(with_names(separator.join([f"{title}:", *lines]), predictions))
 
 
 def print_scores(report):
@@ -162,14 +167,15 @@ def prevalence_lines(report):
 
 
 def novelty_line(group):
-    """Says how many images are unlike the training images, and names the first ones."""
+    """Says how many images are unlike the training images, with the numbers of the first ones."""
     text = f"{group['over']} of {group['n']} (expected: 1 in 100)"
     if group["shift"] is not None:
         shift = f"{group['shift']:.2f} standard deviations (a warning is given from {SHIFT})"
         text += f"; all together are shifted by {shift}"
-    if group["files"]:
-        text += f": {', '.join(group['files'][:SHOWN])}"
-    if len(group["files"]) > SHOWN:
+    numbers = group["numbers"]
+    if numbers:
+        text += f": {', '.join(f'no. {number}' for number in numbers[:SHOWN])}"
+    if len(numbers) > SHOWN:
         text += ", ..."
     return text
 

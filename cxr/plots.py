@@ -172,6 +172,6 @@ def draw_worst(path, model, views, predictions, report):
         if picture is not None:
             right.imshow(picture)
         text = f"{classes[labels[row]]}, P({classes[1]}) {probs[row]:.3f}"
-        title = f"{printable(views.xrays[row].path.name):.34}\n{text}"
+        title = f"no. {predictions['number'][row]}\n{text}"
         left.set_title(title, fontsize=7, loc="left", parse_math=False)
     save_with_caption(path, figure, report, dpi=90)  # small, because the page contains it

@@ -2,6 +2,7 @@
 
 | column      | in the DataFrame                           | in predictions.csv        |
 |-------------|--------------------------------------------|---------------------------|
+| number      | int, from 1: of the image on the page      | the same                  |
 | file        | path below the data folder, or as given    | the same                  |
 | label       | 0 or 1; None for a new image               | name of the class, or ""  |
 | probability | float32, P(positive); nan if unreadable    | 9 digits, or ""           |
@@ -14,6 +15,7 @@ The other columns are those of metadata.csv, as text.
 """
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ from cxr.errors import Failure
 from cxr.files import atomic_write, read_csv
 from cxr.patients import etiology_from_name, patient_from_name
 
-COLUMNS = ("file", "label", "probability", "prediction", "error", "unlike", "patient")
+COLUMNS = ("number", "file", "label", "probability", "prediction", "error", "unlike", "patient")
 
 
 def metadata_columns(predictions):
@@ -37,6 +39,17 @@ def with_etiology(predictions):
         return predictions
     names = [Path(file).name for file in predictions["file"]]
     return predictions.assign(etiology=[etiology_from_name(name) for name in names])
+
+
+def with_names(text, predictions):
+    """Adds its file name to each "no. 17" in a text. For the screen: the page has only numbers."""
+    names = dict(zip(predictions["number"], predictions["file"], strict=True))
+
+    def add_name(match):
+        name = names.get(int(match[1]))
+        return f"{match[0]} ({name})" if name else match[0]
+
+    return re.sub(r"\bno\. (\d+)", add_name, text)
 
 
 def drop_unreadable(predictions):
@@ -93,7 +106,20 @@ def read_predictions(path, classes):
         raise wrong_cell(path, 2, "file", "a row for each image", "")
     # The classes are computed again, at the threshold of this run.
     predictions = pd.DataFrame(list(records.values())).drop(columns="prediction", errors="ignore")
+    predictions = predictions.assign(number=number_rows(predictions))
     return predictions.astype({"probability": np.float32, "unlike": np.float32})
+
+
+def number_rows(predictions):
+    """Returns the numbers of the images, those of the table if they are different whole numbers.
+
+    Otherwise 1, 2, ...: an earlier version wrote no numbers, and two tables in one have some twice.
+    """
+    texts = predictions.get("number", pd.Series(dtype=str))
+    numbers = [int(text) for text in texts if text.isdecimal()]
+    if len(set(numbers)) < len(predictions):
+        return range(1, len(predictions) + 1)
+    return numbers
 
 
 def read_row(path, line, row, classes):

@@ -87,8 +87,8 @@ def within(seconds):
 
 
 def columns(table):
-    """Returns the first 4 columns of a predictions.csv, those that need no model.json."""
-    return [line.split(b",")[:4] for line in table.splitlines()]
+    """Returns the first 5 columns of a predictions.csv, those that need no model.json."""
+    return [line.split(b",")[:5] for line in table.splitlines()]
 
 
 def fail_at(patch, number, fault, calls=CALLS, after=False):

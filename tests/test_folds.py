@@ -69,6 +69,8 @@ def test_flipped_labels_are_at_the_top_of_doubtful_labels_without_val(
     assert "\r" not in screen.out + screen.err
     rows = read_rows(results / "doubtful_labels.csv")
     assert len(rows) == 40 and {row["repeats"] for row in rows} == {"3"}
+    numbers = [next(iter(row.values())) for row in rows]  # of the first column
+    assert numbers == [row["number"] for row in rows] == [*map(str, range(1, 41))]
     losses = [float(row["mean_loss"]) for row in rows]
     assert losses == sorted(losses, reverse=True)
     assert {Path(row["file"]).name for row in rows[:12]} >= {path.name for path in flipped}

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import keep, plain_network, plain_pixels, snapshot
+from helpers import keep, plain_network, plain_pixels, read_rows, snapshot
 from PIL import Image
 from torch import nn
 from torchvision.models import get_model
@@ -14,7 +14,7 @@ from torchvision.models import get_model
 import common
 import evaluate
 from cxr.files import hash_file, write_json
-from cxr.folders import CLASSES, list_images, list_split
+from cxr.folders import list_images
 from cxr.maps import class_maps
 
 
@@ -38,16 +38,17 @@ def test_the_mean_of_a_map_over_its_positions_is_the_logit(arch):
 def test_cam_draws_orange_for_pneumonia_and_blue_for_normal(run_evaluate, trained, data, tmp_path):
     keep(data, 3)
     assert run_evaluate("--data-dir", data, "--cam", tmp_path / "maps") == 0
-    paths = [path for path, _ in list_split(data, "test", CLASSES)]
+    rows = read_rows(tmp_path / "results/predictions.csv")
+    maps = {data / r["file"]: Path(r["label"], f"map_{r['number']}.png") for r in rows}
     written = {path.relative_to(tmp_path / "maps") for path in (tmp_path / "maps").rglob("*.*")}
-    assert written == {Path(path.parent.name, f"{path.name}.png") for path in paths}
+    assert written == {*maps.values()} and len(written) == 6
     network, n_pixels = plain_network(trained / "model.pth"), {1: 0, -1: 0}
-    for path in paths:
+    for path in maps:
         with torch.no_grad():  # the map without our code
             last = network.relu(network.bn(network.conv(plain_pixels(path))))
             heat = (last * network.fc.weight.view(1, -1, 1, 1)).sum(1, keepdim=True)
             heat = nn.functional.interpolate(heat + network.fc.bias, (224, 224), mode="bilinear")
-        with Image.open(tmp_path / "maps" / path.parent.name / f"{path.name}.png") as picture:
+        with Image.open(tmp_path / "maps" / maps[path]) as picture:
             assert picture.size == (448, 488) and picture.mode == "RGB"
             assert np.asarray(picture)[:40].min() < 100  # the caption
             map_ = picture.crop((0, 40, 448, 488)).resize((224, 224), Image.Resampling.BOX)
@@ -65,8 +66,18 @@ def test_overlays_of_images_with_one_name_are_all_kept(run_evaluate, split_phant
         shutil.copy(path, folder / "scan.jpeg")
     assert run_evaluate(*sorted(tmp_path.glob("?")), "--cam", tmp_path / "maps") == 0
     contents = {path.name: path.read_bytes() for path in (tmp_path / "maps").iterdir()}
-    assert contents.keys() == {"scan.jpeg.png", "scan.jpeg-2.png", "scan.jpeg-3.png"}
+    assert contents.keys() == {"map_1.png", "map_2.png", "map_3.png"}
     assert len(set(contents.values())) == 3
+
+
+def test_maps_of_an_earlier_run_are_removed_and_other_files_stay(
+    run_evaluate, split_phantoms, tmp_path
+):
+    images, maps = list_images(split_phantoms / "test/NORMAL")[:3], tmp_path / "maps"
+    assert run_evaluate(*images, "--cam", maps) == 0
+    (maps / "notes.txt").write_text("mine")
+    assert run_evaluate(images[2], "--cam", maps) == 0
+    assert {path.name for path in maps.iterdir()} == {"map_1.png", "notes.txt"}
 
 
 @pytest.mark.parametrize("folder", ["test/NORMAL", "test", "train", "new"])

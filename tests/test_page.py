@@ -1,9 +1,12 @@
 """cxr/page.py: report.html shows the content of metrics.json."""
 
 import html.parser
+import shutil
 
+import numpy as np
 import pytest
-from helpers import TINY_FAST, read_about, read_report
+from helpers import TINY_FAST, read_about, read_report, read_rows
+from PIL import Image
 
 import evaluate
 import train
@@ -74,12 +77,12 @@ def test_names_and_warnings_that_contain_tags_are_shown_as_text(scored, tmp_path
     write_page(tmp_path, report, [])
     tags = Page(tmp_path).tags
     report["classes"] = ["<b>healthy</b>", "<script>ill</script>"]
-    report["unlike"]["files"] = ["test/<script>.png", "test/&lt;b&gt;.png"]
+    report["unlike"] |= {"files": ["test/<script>.png", "test/x.png"], "numbers": [4, 17]}
     report["warnings"] = ["<script>alert('leak')</script>"]
     write_page(tmp_path, report, [])
     page = Page(tmp_path)
     assert page.tags == tags
-    for text in (*report["classes"], *report["unlike"]["files"], *report["warnings"]):
+    for text in (*report["classes"], "no. 4, no. 17", *report["warnings"]):
         assert text in page.text
     assert "<script>ill</script> on chest X-rays: test result" in page.texts  # a whole element
     assert "predicted <b>healthy</b>" in page.texts
@@ -89,6 +92,36 @@ def test_the_confusion_matrix_on_the_screen_has_room_for_long_class_names(scored
     names = ["no tuberculosis", "bacterial or viral tuberculosis"]
     print_scores(read_report(scored[0]) | {"classes": names})
     assert f" predicted {names[0]}   predicted {names[1]}\n" in capsys.readouterr().out
+
+
+def test_a_name_in_a_file_name_is_in_the_tables_and_not_on_the_page(
+    data, tmp_path, flags, quick, capsys
+):
+    for path in sorted(data.glob("*/*/*")):
+        path.rename(path.with_name(f"Meier, {path.name}"))
+    noise = np.random.default_rng(0).integers(0, 256, (224, 224), np.uint8)
+    Image.fromarray(noise).save(data / "test/NORMAL/Meier, Hans.png")  # unlike the others
+    known, damaged = list_images(data / "train/NORMAL")[:2]
+    shutil.copy(known, data / "test/NORMAL/Meier, copy.jpeg")  # for a warning
+    damaged.write_bytes(b"")
+    list_images(data / "test/NORMAL")[3].write_bytes(b"")
+    assert train.main(flags(data, *TINY_FAST, "--skip-bad")) == 0
+    capsys.readouterr()
+    assert evaluate.main(flags(data, "--skip-bad")) == 0
+    screen, rows = capsys.readouterr(), read_rows(tmp_path / "results/predictions.csv")
+    assert [row["number"] for row in rows] == [str(n) for n in range(1, len(rows) + 1)]
+    (noise,) = [f"no. {row['number']}" for row in rows if row["file"].endswith("Hans.png")]
+    assert f"{noise} (test/NORMAL/Meier, Hans.png)" in screen.out
+    assert "(test/NORMAL/Meier, copy.jpeg)" in screen.err
+    assert "Meier" not in (tmp_path / "results/report.html").read_text()
+    assert noise in Page(tmp_path / "results").text
+    assert evaluate.main(["--from", str(tmp_path / "results"), "--results-dir", str(tmp_path)]) == 0
+    assert "Meier" not in (tmp_path / "report.html").read_text()
+    shutil.rmtree(data / "train")
+    (data / "train").mkdir()
+    (data / "train" / "Meier").mkdir()
+    assert evaluate.main(flags(data, "--skip-bad")) == 0
+    assert "Meier" not in (tmp_path / "results/report.html").read_text()
 
 
 @pytest.mark.usefixtures("quick")

@@ -18,6 +18,8 @@ def test_predictions_csv_has_a_row_for_every_image(scored, split_phantoms):
     paths = [path for path, _ in list_split(split_phantoms, "test", CLASSES)]
     expected = [path.relative_to(split_phantoms).as_posix() for path in paths]
     assert [row["file"] for row in rows] == expected
+    assert next(iter(rows[0])) == "number"
+    assert [row["number"] for row in rows] == [*map(str, range(1, 25))]
     for row in rows:
         assert row["file"].split("/")[1] == row["label"] and row["error"] == ""
         assert row["prediction"] == CLASSES[float(row["probability"]) > 0.5]
@@ -123,6 +125,26 @@ def test_a_table_with_the_semicolons_and_decimal_commas_of_excel_gives_the_same_
     assert "NORMAL;0," in table.read_text()
     status, again = rescore(table)
     assert status == 0 and read_report(again) == read_report(results)
+
+
+@pytest.mark.parametrize(
+    ("column", "numbers"),
+    [
+        (None, [1, 2, 3]),  # a table of an earlier version
+        (["7", "2", "30"], [7, 2, 30]),
+        (["7", "2", "7"], [1, 2, 3]),  # two tables in one
+        (["A7", "", "2"], [1, 2, 3]),  # a column of metadata.csv, in an earlier version
+    ],
+)
+def test_a_table_keeps_its_numbers_if_each_belongs_to_one_image(column, numbers, tmp_path, rescore):
+    source = write_rows(tmp_path / "predictions.csv", [0, 1, 1], [0.1, 0.7, 0.8])
+    if column:
+        lines = source.read_text().splitlines()
+        cells = zip(["number", *column], lines, strict=True)
+        source.write_text("".join(f"{number},{line}\n" for number, line in cells))
+    status, folder = rescore(source)
+    assert status == 0
+    assert [int(row["number"]) for row in read_rows(folder / "predictions.csv")] == numbers
 
 
 @pytest.mark.parametrize("label", [0, 1])
