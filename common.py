@@ -301,7 +301,8 @@ def extract_features(backbone, xrays, args, *, n_views, window, device, dtype, c
     """Computes the features of the first views of each image, or loads them from the cache.
 
     Returns (features (N, n_views, width) in `dtype` on the CPU, the N readable Xrays, {path:
-    reason} of the unreadable ones). Without --skip-bad, raises Failure if an image is unreadable.
+    reason} of the unreadable ones). Without --skip-bad, raises Failure if an image with a label is
+    unreadable.
     """
     rank, world = rank_and_world()
     batch_size = args.feature_batch_size or BATCH_SIZES[device.type]
@@ -461,15 +462,16 @@ def end_other_ranks():
 
 
 def report_unreadable(unreadable, xrays, skip_bad):
-    """Names the images that could not be read. Without --skip-bad, raises Failure.
+    """Names the images with a label that could not be read. Without --skip-bad, raises Failure.
 
-    unreadable: {path: reason}; xrays: all images of the pass.
+    New images have no label: evaluate.py names those that are unreadable in its table. unreadable:
+    {path: reason}; xrays: all images of the pass.
     """
-    lines = [f"{x.path}: {unreadable[x.path]}" for x in xrays if x.path in unreadable]
+    labelled = [xray for xray in xrays if xray.label is not None]
+    lines = [f"{x.path}: {unreadable[x.path]}" for x in labelled if x.path in unreadable]
     if not lines:
         return
-    has_label = xrays[0].label is not None  # new images have none, and --check does not read them
-    advice = f"; split_val.py {LIST_ALL}" if has_label else ""
+    advice = f"; split_val.py {LIST_ALL}"
     if not skip_bad:
         for line in lines[1:SHOWN]:  # the Failure names the first one
             print(line, file=sys.stderr)

@@ -436,7 +436,11 @@ def describe_origin(args, model, predictions, xrays, rows, novelty):
 
 
 def classify_new(args):
-    """Classifies new images: files, and the images directly inside folders."""
+    """Classifies new images: files, and the images directly inside folders.
+
+    The table has a row for each image. Without --skip-bad, raises Failure at the end if an image
+    could not be read.
+    """
     model = load_model(args.checkpoint, args.device, args.arch, args.classes)
     classes = model.info["classes"]
     xrays = list_named_images(args.images, classes)
@@ -456,6 +460,12 @@ def classify_new(args):
         views = readable_views(model, xrays, predictions)
         write_overlays(args.cam, model, views, drop_unreadable(predictions))
     print(f"\nWrote {path}{replaced}")
+    bad = predictions[predictions["error"] != ""]
+    if len(bad) and not args.skip_bad:
+        first = f"{bad['file'].iloc[0]}: {bad['error'].iloc[0]}"
+        what = f"{len(bad)} of {len(predictions)} images could not be read ({first})"
+        advice = "accept this with --skip-bad (make: ARGS=--skip-bad)"
+        raise Failure(f"{what}; {path} lists all. Repair or remove them, or {advice}")
 
 
 def print_predictions(predictions, threshold, classes):

@@ -3,6 +3,7 @@
 import shutil
 import socket
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -168,6 +169,50 @@ def test_without_test_images_there_is_advice(data, run_train, run_evaluate, tmp_
     assert "make all TEST=0.2 (split_val.py --test 0.2)" in err
 
 
+def test_an_unreadable_new_image_is_a_row_of_the_table_and_exit_code_2(
+    run_evaluate, split_phantoms, tmp_path, capsys
+):
+    new, table = tmp_path / "new", tmp_path / "results" / "new_predictions.csv"
+    shutil.copytree(split_phantoms / "test" / "NORMAL", new)
+    (new / "bad.jpg").write_text("<html>")
+    (new / "empty.png").write_bytes(b"")
+    assert run_evaluate(new) == 2
+    screen, rows = capsys.readouterr(), read_rows(table)
+    names = sorted(str(path) for path in new.iterdir())
+    assert [row["file"] for row in rows] == names and len(names) == 14
+    errors = {Path(row["file"]).name: row["error"] for row in rows if row["error"]}
+    assert errors == {"bad.jpg": "a web page, not an image", "empty.png": "the file is empty"}
+    assert all((row["probability"] == "") == (row["error"] != "") for row in rows)
+    assert screen.out.splitlines()[-1] == f"Wrote {table}"
+    assert "bad.jpg" in screen.out and "empty.png" in screen.out
+    (line,) = screen.err.splitlines()
+    assert line.startswith("evaluate.py: 2 of 14 images could not be read (")
+    assert f"bad.jpg: a web page, not an image); {table} lists all" in line
+    before = table.read_bytes()
+    assert run_evaluate(new, "--skip-bad") == 0
+    assert table.read_bytes() == before and capsys.readouterr().err == ""
+
+
+def test_a_table_is_written_also_if_no_new_image_can_be_read(run_evaluate, tmp_path, capsys):
+    (tmp_path / "bad.jpg").write_text("<html>")
+    assert run_evaluate(tmp_path / "bad.jpg", "--cam", "maps") == 2
+    assert "1 of 1 images could not be read" in capsys.readouterr().err
+    (row,) = read_rows(tmp_path / "results" / "new_predictions.csv")
+    assert row["error"] == "a web page, not an image" and row["probability"] == ""
+
+
+def test_the_earlier_table_stays_if_the_new_one_is_not_complete(
+    run_evaluate, split_phantoms, tmp_path, monkeypatch
+):
+    images, table = list_images(split_phantoms / "test/NORMAL"), tmp_path / "results"
+    table /= "new_predictions.csv"
+    assert run_evaluate(images[0]) == 0
+    before = table.read_bytes()
+    monkeypatch.setattr(common, "extract_features", Mock(side_effect=KeyboardInterrupt))
+    assert run_evaluate(*images) == 130
+    assert table.read_bytes() == before
+
+
 def test_new_images_have_a_table_of_their_own(run_evaluate, data, tmp_path, capsys):
     folder, new, results = data / "test", tmp_path / "new", tmp_path / "results"
     good, table = list_images(folder / "PNEUMONIA")[0], results / "new_predictions.csv"
@@ -182,10 +227,6 @@ def test_new_images_have_a_table_of_their_own(run_evaluate, data, tmp_path, caps
     assert run_evaluate(new / "large.png") == 0
     assert f"Wrote {table}\n" in capsys.readouterr().out
     before = listing(results)
-    assert run_evaluate(new) == 2
-    warning, failure = capsys.readouterr().err.splitlines()
-    assert warning.startswith(f"warning: {new}: files that are not read: 1 (.txt)")
-    assert failure.startswith(f"evaluate.py: {new / 'bad.jpg'}: a web page")
     assert run_evaluate(folder) == 2
     assert f"{folder / 'NORMAL'} {folder / 'PNEUMONIA'}" in capsys.readouterr().err
     assert listing(results) == before
