@@ -49,7 +49,7 @@ from cxr.predictions import (
     with_names,
     write_predictions,
 )
-from cxr.proportions import PREVALENCES, PROPORTIONS, predictive_values
+from cxr.proportions import PREVALENCES, PROPORTIONS, few_patients_warnings, predictive_values
 from cxr.scores import (
     BCA_INTERVAL,
     T_INTERVAL,
@@ -291,17 +291,17 @@ def summarise(predictions, origin, other, args):
     metrics = measure_scores(readable, threshold, args.seed)
     subgroups = measure_subgroups(with_etiology(readable), threshold, args.seed)
     assessed = {key.partition(" ")[0] for key in subgroups}  # a key is "column value, score"
+    n_patients = {name: len(set(patients[labels == label])) for label, name in enumerate(classes)}
     warnings = origin["warnings"] + novelty_warnings(origin["unlike"])
-    warnings += below_chance(metrics["auroc"])
+    warnings += below_chance(metrics["auroc"], n_patients)
+    warnings += few_patients_warnings(origin["split"], n_patients)
     return {
         **origin,
         "warnings": list(dict.fromkeys(warnings)),  # each once
         "unlike": with_numbers(origin["unlike"], predictions),
         "n": len(readable),
         "patients": len(set(patients)),
-        "patients_by_class": {
-            name: len(set(patients[labels == label])) for label, name in enumerate(classes)
-        },
+        "patients_by_class": n_patients,
         "names_without_patient": int((readable["patient"] == "").sum()),
         "unreadable": len(predictions) - len(readable),
         "positive": classes[1],
@@ -416,6 +416,10 @@ def describe_origin(args, model, predictions, xrays, rows, novelty):
     training, reason = list_training_xrays(args.data_dir, rows, classes, choose_hash_dir(args))
     info_file = args.checkpoint.with_suffix(".json")
     threshold, threshold_from = choose_threshold(args, model.info, info_file)
+    warnings = list(model.warnings)
+    if "val_patients" in model.info:  # an earlier version did not write them
+        warnings += few_patients_warnings("val", model.info["val_patients"])
+    warnings += leak_warnings(model.info, xrays, predictions["number"], training, args.split)
     baselines = None
     if args.split == "test":
         baselines = single_number_baselines(
@@ -426,8 +430,7 @@ def describe_origin(args, model, predictions, xrays, rows, novelty):
         "split": args.split,
         "data": str(args.data_dir / args.split),
         "model": describe_model(args.checkpoint, model.info),
-        "warnings": model.warnings
-        + leak_warnings(model.info, xrays, predictions["number"], training, args.split),
+        "warnings": warnings,
         "unlike": novelty,
         "threshold": threshold,
         "threshold_from": threshold_from,

@@ -37,7 +37,7 @@ from cxr.folders import (
 from cxr.links import link_images
 from cxr.moves import list_folders, list_moves, lock, move
 from cxr.patients import METADATA, read_split
-from cxr.proportions import FEW_PATIENTS, value_of_few
+from cxr.proportions import few_patients_warnings
 
 MAX_DEFAULT = 50  # images per class in val/, as in the original project
 FEW_IMAGES = 30  # of a class; with 30 + 30, a 95 % interval of the accuracy is 0.2 wide
@@ -191,12 +191,8 @@ def warn_if_small(chosen, split, n, classes):
         what = f"{counts_in_words(moved)} images will be moved to {split}/, not {n} of each class"
         warn(f"{what}, because the images of a patient stay together")
     patients = {name: {x.group for x in chosen if classes[x.label] == name} for name in classes}
-    fewest = min(len(groups) for groups in patients.values())
-    if fewest < FEW_PATIENTS:
-        warn(
-            f"{split}/ gets few patients ({counts_in_words(patients)}): {value_of_few(fewest)}. "
-            "Collect more, or report the cross-validated result too (make cv)"
-        )
+    for text in few_patients_warnings(split, {name: len(g) for name, g in patients.items()}):
+        warn(text)
 
 
 def counts_in_words(names):

@@ -30,12 +30,12 @@ from cxr.calibration import calibrate, fit_threshold, threshold_rule
 from cxr.checkpoint import load_weights, save_checkpoint
 from cxr.cli import Parser, add_flags, add_network_flags, number, run
 from cxr.curves import choose_samples, draw_curves, draw_samples, write_history
-from cxr.errors import INTERRUPTED, Failure, as_typed, interrupt_exit_code, progress
+from cxr.errors import INTERRUPTED, Failure, as_typed, interrupt_exit_code, progress, warn
 from cxr.files import check_writable, versions, write_json
 from cxr.folders import SPLIT_FILES, check_split_classes
 from cxr.novelty import describe_features
-from cxr.patients import choose_hash_dir, read_split
-from cxr.proportions import accuracy_intervals, format_interval
+from cxr.patients import choose_hash_dir, count_patients, read_split
+from cxr.proportions import accuracy_intervals, few_patients_warnings, format_interval
 
 # ---------------------------------------------------------------- the training loop
 
@@ -327,6 +327,8 @@ def train(args):
     threshold = f"threshold {fitted['threshold']:.3g}"
     scores = [f"{name} {format_interval(v)}" for name, v in fitted["at_threshold"].items()]
     print(f"At {threshold} on val: {', '.join(scores)}")
+    for text in few_patients_warnings("val", description["val_patients"]):
+        warn(text)
 
     kept = f"the mean of {len(heads)} heads" if args.seeds > 1 else f"epoch {best.epoch}"
     saved = f"{kept} in {args.checkpoint}, {threshold}"
@@ -397,7 +399,8 @@ def describe_images(args, xrays, unreadable):
         path = xray.path.relative_to(args.data_dir).as_posix()
         images[xray.split][path] = xray.sha256
     skipped = [path.relative_to(args.data_dir).as_posix() for path in unreadable]
-    return {"images": images, "skipped": skipped}
+    val_patients = count_patients([x for x in xrays if x.split == "val"], args.classes)
+    return {"images": images, "skipped": skipped, "val_patients": val_patients}
 
 
 def draw_training(args, best, xrays):

@@ -16,11 +16,11 @@ from cxr.files import atomic_write
 from cxr.novelty import SHIFT
 from cxr.patients import METADATA
 from cxr.predictions import with_names
-from cxr.proportions import format_interval
+from cxr.proportions import FEW_PATIENTS, format_interval
 
 NAMES = {"f1": "F1", "auroc": "AUROC", "ppv": "PPV", "npv": "NPV", "ece": "ECE"}
 LEAD = ("accuracy", "auroc", "sensitivity", "specificity")  # scores in the first lines of the page
-FEW_PATIENTS = 30  # in a class; with fewer, the intervals are rough
+ROUGH_BELOW = 30  # patients of a class; with fewer, the intervals are rough
 
 PICTURES = {
     "roc": "ROC curve: sensitivity and false positive rate for every threshold",
@@ -116,9 +116,14 @@ def describe_images(report):
     unknown = report["names_without_patient"]
     if unknown:
         text += f"; images without a known patient: {unknown}, each counts as one patient"
-    if min(by_class.values()) < FEW_PATIENTS:
-        text += f"; fewer than {FEW_PATIENTS} patients in a class, so the intervals are rough"
+    if min(by_class.values()) < ROUGH_BELOW:
+        text += f"; fewer than {ROUGH_BELOW} patients in a class, so the intervals are rough"
     return text
+
+
+def allows_conclusions(report):
+    """Returns False if a class has so few patients that the report gives no verdict."""
+    return min(report["patients_by_class"].values()) >= FEW_PATIENTS
 
 
 def sections(report):
@@ -131,7 +136,7 @@ def sections(report):
     if report["unlike"]:
         yield "Images unlike the training images", [novelty_line(report["unlike"])]
     if report["shortcut"]:
-        yield baseline_section(report["shortcut"])
+        yield baseline_section(report["shortcut"], allows_conclusions(report))
     if report["comparison"]:
         yield comparison_section(report["comparison"])
     if report["not_assessed"]:
@@ -180,8 +185,11 @@ def novelty_line(group):
     return text
 
 
-def baseline_section(shortcut):
-    """Returns (title, lines): the network compared with single numbers of the images."""
+def baseline_section(shortcut, with_verdict):
+    """Returns (title, lines): the network compared with single numbers of the images.
+
+    with_verdict: also say whether the network is better.
+    """
     title = "Baselines without a network"
     if "none" in shortcut:
         return title, [f"nothing to compare with ({shortcut['none']})"]
@@ -189,7 +197,8 @@ def baseline_section(shortcut):
     rows = {f"{best} alone has": numbers[best], "all numbers together have": numbers["all numbers"]}
     lines = []
     for subject, row in rows.items():
-        lines.append(f"{baseline_text(subject, row)}: the network is {row['network_is']}")
+        verdict = f": the network is {row['network_is']}" if with_verdict else ""
+        lines.append(f"{baseline_text(subject, row)}{verdict}")
     return f"{title}, chosen on {shortcut['fitted_on']} images of train/ and val/", lines
 
 

@@ -100,6 +100,14 @@ def warn_if_patients_shared(xrays, splits):
         warn(f"{folders} share patients ({len(shared)}, for example {min(shared)}); {advice}")
 
 
+def count_patients(xrays, classes):
+    """Returns {class: number of patients}. An image whose patient is unknown counts as one."""
+    patients = {name: set() for name in classes}
+    for xray in xrays:
+        patients[classes[xray.label]].add(xray.patient or str(xray.path))
+    return {name: len(members) for name, members in patients.items()}
+
+
 def identify_all(listed, rows, hash_dir=None):
     """Returns the Xrays of (path, label, split) triples. rows: the result of read_metadata.
 

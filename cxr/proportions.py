@@ -41,6 +41,24 @@ def value_of_few(n_patients):
     return f"with {patients}, an accuracy of 1.00 has the interval {low:.2f} to 1.00"
 
 
+def few_patients_warnings(split, n_patients):
+    """Returns a warning if a class has fewer than FEW_PATIENTS patients in a split.
+
+    n_patients: {class: number of patients}, all at least 1.
+    """
+    fewest = min(n_patients.values())
+    if fewest >= FEW_PATIENTS:
+        return []
+    counts = " and ".join(f"{n} {name}" for name, n in n_patients.items())
+    meaning = "That allows no conclusion about the model"
+    if split == "val":
+        meaning = "Epoch, calibration and threshold then depend on chance"
+    return [
+        f"few patients in {split}/ ({counts}): {value_of_few(fewest)}. {meaning}. Collect more, or "
+        "report the cross-validated result as well (train.py --folds 5, make cv)"
+    ]
+
+
 def effective_sample_size(correct, patients):
     """Returns how many independent images carry as much information as these correlated ones."""
     n, p = len(correct), correct.mean()

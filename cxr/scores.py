@@ -16,7 +16,7 @@ from cxr.bootstrap import bca_intervals, draw_scores, logit_t_intervals
 from cxr.calibration import fit_logistic
 from cxr.errors import Failure
 from cxr.predictions import as_arrays, metadata_columns
-from cxr.proportions import format_interval, wald_interval, wilson_interval
+from cxr.proportions import FEW_PATIENTS, format_interval, wald_interval, wilson_interval
 
 SCORES = (
     "accuracy", "f1", "auroc", "average_precision", "sensitivity", "specificity", "ppv", "npv",
@@ -270,9 +270,14 @@ def scores_of_sums(sums):
     return {"accuracy": 1 - n_wrong / n, "f1": f1, "brier": squared_errors / n}
 
 
-def below_chance(auroc):
-    """Returns a warning if the AUROC's interval is below 0.5."""
-    highest = auroc["value"] if auroc["high"] is None else auroc["high"]
+def below_chance(auroc, n_patients):
+    """Returns a warning if the AUROC's interval is below 0.5.
+
+    n_patients: {class: number of patients}.
+    """
+    highest = auroc["high"]
+    if highest is None:  # the AUROC is the same in all bootstrap samples; of few patients by chance
+        highest = 1 if min(n_patients.values()) < FEW_PATIENTS else auroc["value"]
     if highest >= 0.5:
         return []
     what = f"the AUROC is {format_interval(auroc)}, below chance (0.5)"

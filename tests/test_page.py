@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import TINY_FAST, read_about, read_report, read_rows
+from helpers import TINY_FAST, keep, read_about, read_report, read_rows
 from PIL import Image
 
 import evaluate
@@ -92,6 +92,31 @@ def test_the_confusion_matrix_on_the_screen_has_room_for_long_class_names(scored
     names = ["no tuberculosis", "bacterial or viral tuberculosis"]
     print_scores(read_report(scored[0]) | {"classes": names})
     assert f" predicted {names[0]}   predicted {names[1]}\n" in capsys.readouterr().out
+
+
+def test_few_patients_are_a_number_and_no_verdict_in_training_and_report(
+    data, tmp_path, flags, quick, capsys
+):
+    keep(data, 11, "val")
+    for path in list_images(data / "val/PNEUMONIA")[4:]:
+        path.unlink()
+    assert train.main(flags(data, *TINY_FAST)) == 0
+    (warning,) = (line for line in capsys.readouterr().err.splitlines() if "patients" in line)
+    val = warning.removeprefix("warning: ")
+    assert val.startswith("few patients in val/ (11 NORMAL and 4 PNEUMONIA): with 4 patients, an")
+    assert read_about(tmp_path)["val_patients"] == {"NORMAL": 11, "PNEUMONIA": 4}
+    for n, has_verdict in ((12, True), (1, False)):
+        keep(data, n)
+        assert evaluate.main(flags(data)) == 0
+        screen, report = capsys.readouterr(), read_report(tmp_path / "results")
+        page = Page(tmp_path / "results").text
+        few = [text for text in report["warnings"] if text.startswith("few patients")]
+        assert few[0] == val and len(few) == 2 - has_verdict
+        assert all(text in page and f"warning: {text}" in screen.err for text in few)
+        for text in (screen.out, page):
+            assert "alone has AUROC" in text and ("the network is " in text) == has_verdict
+        assert "below chance" not in screen.err
+    assert "in test/ (1 NORMAL and 1 PNEUMONIA): with 1 patient, an accuracy of 1.00" in few[1]
 
 
 def test_a_name_in_a_file_name_is_in_the_tables_and_not_on_the_page(

@@ -10,6 +10,7 @@ from statsmodels.stats.proportion import proportion_confint
 from cxr.proportions import (
     complement,
     effective_sample_size,
+    few_patients_warnings,
     predictive_values,
     ratio_interval,
     wilson_interval,
@@ -66,6 +67,24 @@ def test_shares_of_0_and_1_give_limits_or_nothing(k_sensitivity, k_specificity, 
             value, low, high = values(row[name])
             assert -1e-9 <= low <= value <= high <= 1 + 1e-9
     json.dumps(rows, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("n", "words"),
+    [
+        (1, "with 1 patient, an accuracy of 1.00 has the interval 0.21 to 1.00"),
+        (4, "with 4 patients, an accuracy of 1.00 has the interval 0.51 to 1.00"),
+        (9, "with 9 patients, an accuracy of 1.00 has the interval 0.70 to 1.00"),
+    ],
+)
+def test_the_warning_of_few_patients_gives_the_interval_of_a_perfect_result(n, words):
+    for split, meaning in (("test", "no conclusion"), ("val", "threshold then depend on chance")):
+        (warning,) = few_patients_warnings(split, {"NORMAL": 60, "PNEUMONIA": n})
+        assert warning.startswith(
+            f"few patients in {split}/ (60 NORMAL and {n} PNEUMONIA): {words}"
+        )
+        assert meaning in warning and warning.endswith("(train.py --folds 5, make cv)")
+    assert few_patients_warnings("test", {"NORMAL": 60, "PNEUMONIA": 10}) == []
 
 
 @pytest.mark.parametrize("p", [0.8, 0.95])

@@ -13,6 +13,7 @@ import cxr.bootstrap
 from cxr.folders import CLASSES
 from cxr.scores import (
     aurocs,
+    below_chance,
     count_outcomes,
     measure_scores,
     score,
@@ -123,6 +124,23 @@ def test_columns_of_metadata_csv_give_subgroups(run_evaluate, rescore, data, tmp
     status, folder = rescore(source)
     again = read_report(folder)
     assert status == 0 and again["subgroups"] == report["subgroups"] and again["patients"] == 12
+
+
+@pytest.mark.parametrize(("n", "is_below"), [(1, False), (4, False), (9, False), (10, True)])
+def test_few_patients_below_chance_are_no_sign_of_swapped_classes(
+    n, is_below, tmp_path, capsys, rescore
+):
+    probs = [0.6 + i / 100 for i in range(n)] + [0.4 - i / 100 for i in range(n)]
+    status, _ = rescore(write_rows(tmp_path / "a.csv", [0] * n + [1] * n, probs))
+    err = capsys.readouterr().err
+    assert status == 0 and ("below chance" in err) == is_below == ("few patients" not in err)
+
+
+def test_an_interval_below_chance_is_reported_also_for_few_patients():
+    auroc, n_patients = {"value": 0.1, "low": 0.01, "high": 0.4}, {"NORMAL": 9, "PNEUMONIA": 9}
+    (warning,) = below_chance(auroc, n_patients)
+    assert "the AUROC is 0.100 (0.010 to 0.400), below chance (0.5)" in warning
+    assert below_chance(auroc | {"high": 0.51}, n_patients) == []
 
 
 def test_an_auroc_far_below_chance_causes_a_warning_of_swapped_classes(tmp_path, capsys, rescore):
