@@ -131,6 +131,7 @@ def sections(report):
     if report["without_spread"]:
         names = ", ".join(report["without_spread"])
         yield f"No interval for {names}", ["the value is the same in every bootstrap sample"]
+    yield from sensitivity_sections(report)
     yield "Calibration", calibration_lines(report["calibration"])
     yield "PPV and NPV at other prevalences", prevalence_lines(report)
     if report["unlike"]:
@@ -142,6 +143,21 @@ def sections(report):
     if report["not_assessed"]:
         reason = f"{METADATA} has no column of that name with 2 to 10 different values"
         yield f"No subgroups by {either(report['not_assessed'])}", [reason]
+
+
+def sensitivity_sections(report):
+    """Yields a section if the threshold was chosen for a sensitivity: what the images reached."""
+    rule = (report["model"] or {}).get("threshold_rule") or ""
+    wanted = rule.removeprefix("sensitivity=")
+    if wanted == rule or not report["threshold_from"].endswith(f"{rule} on val"):
+        return
+    reached = report["metrics"]["sensitivity"]
+    includes = "includes" if reached["low"] <= float(wanted) <= reached["high"] else "excludes"
+    text = f"reached in {report['split']}/: {format_interval(reached)}; the interval {includes}"
+    text += f" {wanted}"
+    if reached["high"] < float(wanted) and allows_conclusions(report):
+        text += ". Train again with more images in val/; do not choose a threshold by these images"
+    yield f"Sensitivity of {wanted}, asked for with --threshold", [text]
 
 
 def calibration_lines(calibration):

@@ -5,11 +5,12 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import TINY_FAST, keep, read_about, read_report, read_rows
+from helpers import TINY_FAST, keep, read_about, read_report, read_rows, write_rows
 from PIL import Image
 
 import evaluate
 import train
+from cxr.files import write_json
 from cxr.folders import list_images
 from cxr.page import print_scores, sections, write_page
 from cxr.proportions import format_interval
@@ -117,6 +118,34 @@ def test_few_patients_are_a_number_and_no_verdict_in_training_and_report(
             assert "alone has AUROC" in text and ("the network is " in text) == has_verdict
         assert "below chance" not in screen.err
     assert "in test/ (1 NORMAL and 1 PNEUMONIA): with 1 patient, an accuracy of 1.00" in few[1]
+
+
+@pytest.mark.parametrize(
+    ("n_found", "rule", "flags", "expected"),
+    [
+        (20, "sensitivity=0.95", (), "1.000 (0.839 to 1.000); the interval includes 0.95"),
+        (15, "sensitivity=0.95", (), "0.750 (0.531 to 0.888); the interval excludes 0.95. Train"),
+        (20, "sensitivity=0.5", (), "1.000 (0.839 to 1.000); the interval excludes 0.5"),
+        (15, "sensitivity=0.95", ("--threshold", 0.4), None),
+        (15, "youden", (), None),
+    ],
+)
+def test_the_report_says_which_sensitivity_was_reached(
+    n_found, rule, flags, expected, tmp_path, rescore, capsys
+):
+    labels, probs = [0] * 20 + [1] * 20, [0.1] * 20 + [0.9] * n_found + [0.2] * (20 - n_found)
+    source = write_rows(tmp_path / "predictions.csv", labels, probs)
+    model = {"threshold_rule": rule}
+    origin = {"threshold": 0.5, "threshold_from": f"model.json, {rule} on val", "model": model}
+    write_json(tmp_path / "metrics.json", origin)
+    status, folder = rescore(source, *flags)
+    screen, page = capsys.readouterr().out, Page(folder).text
+    assert status == 0
+    for text in (screen, page):
+        assert ("asked for with --threshold" in text) == bool(expected)
+        if expected:
+            wanted = rule.removeprefix("sensitivity=")
+            assert f"Sensitivity of {wanted}, asked" in text and f"in test/: {expected}" in text
 
 
 def test_a_name_in_a_file_name_is_in_the_tables_and_not_on_the_page(
