@@ -122,7 +122,10 @@ def pick_device(name):
         if not is_auto:
             asked = as_typed("--device", "DEVICE", name)
             raise Failure(f"{asked}: cannot be used ({reason}); use auto or cpu", 4)
-        warn(f"{name} cannot be used ({reason}), so the CPU is used")
+        warn(
+            f"{name} cannot be used ({reason}), so the CPU is used. For the GPU, update its "
+            "driver or PyTorch"
+        )
         name = "cpu"
     device = torch.device(name)
     torch.set_num_threads(min(torch.get_num_threads(), count_cores()))
@@ -481,6 +484,6 @@ def report_unreadable(unreadable, xrays, skip_bad):
         skip = "leave such images out with --skip-bad (make: ARGS=--skip-bad)"
         raise Failure(f"{message}; repair or remove it, or {skip}")
     for line in lines[:SHOWN]:
-        warn(f"left out: {line}")
+        warn(f"left out: {line}; repair it or remove it")
     if len(lines) > SHOWN:
         warn(f"left out: {len(lines)} images in all{advice}")

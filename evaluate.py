@@ -110,7 +110,8 @@ def read_model_info(path, arch, classes):
         warnings.append(
             f"there is no {info_file} beside {path.name}: the network is read as a {info['arch']} "
             f"(for another: --arch NAME, make: ARGS='--arch NAME'), with the classes "
-            f"{in_words(classes)}, threshold 0.5 and grey levels unchanged"
+            f"{in_words(classes)}, threshold 0.5 and grey levels unchanged. If train.py made it, "
+            "copy its .json here, too"
         )
     elif "arch" not in info:
         raise Failure(f"{info_file}: does not describe a model; restore it or delete it")
@@ -119,7 +120,8 @@ def read_model_info(path, arch, classes):
         info = {key: info[key] for key in ("arch", "window") if key in info}
         warnings.append(
             f"{info_file} DOES NOT BELONG to {path.name} (the SHA-256 in it is that of another "
-            "file): only arch, classes and window are taken from it, and the threshold is 0.5"
+            "file): only arch, classes and window are taken from it, and the threshold is 0.5. "
+            "Copy the two files of one training here, or train again (train.py, make train)"
         )
     if arch not in (None, info["arch"]):
         raise Failure(f"--arch {arch}: {info_file} says {info['arch']}; leave --arch out")
@@ -172,7 +174,8 @@ def transform_warnings(backbone, info, path):
         return []
     changed = ", ".join(text for text in now if text not in (prepare, normalize))
     text = f"{path.name} was trained with other transforms than those in common.py"
-    return [f"{text} ({changed}): its probabilities are wrong"]
+    advice = "Change common.py back, or train again (train.py, make train)"
+    return [f"{text} ({changed}): its probabilities are wrong. {advice}"]
 
 
 def describe_model(path, info):
@@ -539,7 +542,9 @@ def table_warnings(predictions, before, path):
     if not abs(auroc - auroc_before) > 1e-6:
         return []
     values = f"AUROC {auroc:.3f}, in metrics.json {auroc_before:.3f}"
-    return [f"{path} is not the table that the metrics.json beside it describes ({values})"]
+    advice = "Put the table into a folder without metrics.json, or restore the one of this run"
+    what = f"{path} is not the table that the metrics.json beside it describes ({values})"
+    return [f"{what}. {advice}"]
 
 
 def check_test_exists(args):

@@ -312,9 +312,9 @@ def examine_data(args):
 
     report = examine(args.data_dir, SIZE, args.classes)
     if args.skip_bad:
-        unreadable = [f"{file}: {reason}" for file, reason in report["unreadable"]]
-        report["errors"] = [text for text in report["errors"] if text not in unreadable]
-        report["warnings"] = unreadable + report["warnings"]
+        n = len(report["unreadable"])  # they are the first errors
+        report["warnings"] = report["errors"][:n] + report["warnings"]
+        report["errors"] = report["errors"][n:]
     print_report(report, SIZE)
     return report
 

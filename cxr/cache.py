@@ -72,7 +72,10 @@ class Cache:
             except FileNotFoundError:
                 pass
             except DAMAGED as error:
-                warn(f"{path}: cannot be read ({error}), so its features are computed again")
+                warn(
+                    f"{path}: cannot be read ({error}), so its features are computed again. You "
+                    "need not do anything"
+                )
             missing.append(row)
         if missing:
             n_cached = len(rows) - len(missing)
@@ -93,4 +96,7 @@ class Cache:
                 raise
             self.is_read_only = True
             folder, reason = self.folder.parent, error.strerror
-            warn(f"{folder}: cannot be written ({reason}), so new features are not stored")
+            warn(
+                f"{folder}: cannot be written ({reason}), so new features are not stored. To store "
+                "them, use another --cache-dir"
+            )

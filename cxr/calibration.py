@@ -67,7 +67,8 @@ def calibrate(logits, labels):
     slope, intercept = coefficients.tolist()
     if slope <= 0:
         reason = "positive validation images do not have higher scores than the others"
-        warn(f"the probabilities are not calibrated, because {reason}")
+        advice = "Look at the images in val/ and at their labels"
+        warn(f"the probabilities are not calibrated, because {reason}. {advice}")
         return 1.0, 0.0
     return slope, intercept
 

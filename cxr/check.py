@@ -116,12 +116,14 @@ def examine(data_dir, size, classes):
         "patients": Counter(folder for folder, _ in patients),
         "unreadable": unreadable,
         "scored_on": splits[-1],  # test/ if it exists
-        "errors": [f"{file}: {reason}" for file, reason in unreadable],
+        "errors": [f"{file}: {reason}; repair it or remove it" for file, reason in unreadable],
         "warnings": [],
     }
     if "test" not in splits:
-        message = "there is no test/, so no result can be reported"
-        report["warnings"].append(f"{message}; before the split, move whole patients there")
+        message = (
+            "there is no test/, so no result can be reported; to take whole patients from train/"
+        )
+        report["warnings"].append(f"{message}, run split_val.py --test 50 (make all TEST=50)")
     checks = (find_same, find_nearly_same, find_negatives, find_shared_patients, find_properties)
     shortcuts = partial(find_shortcuts, scored_on=splits[-1], classes=classes)
     for find in (*checks, find_unusual, shortcuts):

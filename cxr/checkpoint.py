@@ -25,7 +25,10 @@ def load_weights(args):
     """Returns (state dict, its file) for --weights, or (None, None) for random weights."""
     if args.weights == "random":
         asked = as_typed("--weights", "WEIGHTS", "random")
-        warn(f"{asked}: the network is not pretrained, so the scores are only for a demo")
+        warn(
+            f"{asked}: the network is not pretrained, so the scores are only for a demo. For a "
+            "result, use --weights imagenet (make: WEIGHTS=imagenet)"
+        )
         return None, None
     path = imagenet_file(args.arch) if args.weights == "imagenet" else Path(args.weights)
     if not path.is_file():

@@ -46,10 +46,14 @@ def list_images(folder, warn_of_others=False):
             n = len(others)
             warn(
                 f"{folder}: files that are not read: {n} ({suffixes}), expected {image_suffixes()}"
+                ". Convert them if they are images"
             )
         for path in paths:
             if path.is_dir() and list_images(path):
-                warn(f"{path}: its images are not read; only images directly in {folder} are read")
+                warn(
+                    f"{path}: its images are not read. Move them up into {folder} if they belong "
+                    "there"
+                )
     return images
 
 
@@ -95,7 +99,7 @@ def list_split(data_dir, split, classes, warn_of_others=False):
         raise Failure(f"{root}: no such folder, expected {expected} in it; {advice}")
     check_only_classes(root, classes)
     if warn_of_others and list_images(root):
-        warn(f"{root}: images directly in it are not read; only those in the class folders are")
+        warn(f"{root}: images directly in it are not read. Move them into the class folders")
     images = []
     for label, name in enumerate(classes):
         folder = root / name

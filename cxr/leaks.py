@@ -3,11 +3,12 @@
 import contextlib
 from collections import Counter
 
-from cxr.errors import Failure
+from cxr.errors import UNDO, Failure
 from cxr.folders import list_splits
 from cxr.patients import METADATA, identify_all
 
 NO_RESULT = "these scores are no test result"
+ONE_SPLIT = "Put all images of such a patient into train/, or all into test/"
 
 
 def is_leak(splits):
@@ -44,11 +45,13 @@ def leak_warnings(model_info, xrays, numbers, training, split):
     if learned and present and absent:
         warnings.append(
             f"{len(absent)} of the {len(learned)} images that the model was made with are not "
-            "in train/ or val/: the model is older than these folders, or belongs to other data"
+            "in train/ or val/: the model is older than these folders, or belongs to other data. "
+            "Train again (train.py, make train), or use the folders of the model"
         )
     if split != "test":
         reason = f"the model was made with the {split} images"
-        warnings.append(f"{reason}: these scores are NO TEST RESULT")
+        advice = "For one, use --split test"
+        warnings.append(f"{reason}: these scores are NO TEST RESULT. {advice}")
         return warnings
 
     used = learned | present  # the folders may have changed since the training
@@ -59,11 +62,13 @@ def leak_warnings(model_info, xrays, numbers, training, split):
     if same:
         example = f"for example no. {same[0]}"
         what = "test images ARE ALSO TRAINING OR VALIDATION IMAGES"
-        warnings.append(f"{len(same)} of {len(xrays)} {what}, {example}: {NO_RESULT}")
+        advice = "Remove them from test/, or keep them there and train again without them"
+        warnings.append(f"{len(same)} of {len(xrays)} {what}, {example}: {NO_RESULT}. {advice}")
     if shared:
         example = f"for example no. {shared[0]}"
         what = "test images are from patients who are also in train/ or val/"
-        warnings.append(f"{len(shared)} of {len(xrays)} {what}, {example}: {NO_RESULT}")
+        advice = f"{ONE_SPLIT}, and train again"
+        warnings.append(f"{len(shared)} of {len(xrays)} {what}, {example}: {NO_RESULT}. {advice}")
     return warnings
 
 
@@ -94,8 +99,8 @@ def find_shared_patients(examined):
             across[patient] = [x.file for x in images]
             message = f"patient {patient} is in {' and '.join(splits)}"
             if is_leak(splits):
-                errors.append(message)
+                errors.append(f"{message}. {ONE_SPLIT}")
             else:
-                warnings.append(message)
+                warnings.append(f"{message}. To separate them, run {UNDO}, then split again")
     entries = {"no_patient": unknown, "patients_across": across, "same_patient_pairs": pairs}
     return entries, errors, warnings

@@ -227,7 +227,8 @@ def find_shortcuts(examined, scored_on, classes):
     if alarms:
         warnings.append(
             f"shortcut: {describe_alarms(alarms)} the classes of {scored_on}/. A network can reach "
-            "a high score in the same way, without seeing the disease. Compare its AUROC with these"
+            "a high score in the same way, without seeing the disease. Make the images of both "
+            "classes in the same way, or report these AUROCs beside the network's"
         )
     if not is_scored.all():
         shift = find_shift(numbers, pixels, labels, patients, is_scored, classes)
@@ -236,7 +237,7 @@ def find_shortcuts(examined, scored_on, classes):
         if alarms:
             warnings.append(
                 f"shift: {scored_on}/{name} differs from the other {name} images: "
-                f"{describe_alarms(alarms)} them. Report also the cross-validated result "
+                f"{describe_alarms(alarms)} them. Report the cross-validated result as well "
                 "(train.py --folds 5, make cv)"
             )
     entries = {"shortcuts": shortcuts, "shift": shift, "shortcut_images": len(examined)}

@@ -34,7 +34,10 @@ def list_moves(data_dir, moved, source, target):
     if moves:
         check_folders_writable(data_dir, list_folders(data_dir, (source, target), moved))
     if gone:
-        warn(f"{gone[0]}: it was part of the split and is gone ({len(gone)} such images)")
+        warn(
+            f"{gone[0]}: it was part of the split and is gone ({len(gone)} such images). Put it "
+            "back if you need it"
+        )
     return moves
 
 

@@ -209,12 +209,18 @@ def read_metadata(data_dir, classes):
                 images += list_images(folder)
     matched, absent = match_rows(path, rows, images, classes)
     if absent:
-        warn(f"{path}: {len(absent)} of {len(rows)} rows have no image, for example {absent[0]}")
+        warn(
+            f"{path}: {len(absent)} of {len(rows)} rows have no image, for example {absent[0]}. "
+            "Correct these names, or add the images"
+        )
     if "patient_id" in columns:
         n_words = unify_ids(matched.values())
         warn_of_unknown_patients(path, images, matched, n_words)
     else:
-        warn(f"{path}: no column patient_id, so only DICOM or the file names can name the patients")
+        warn(
+            f"{path}: no column patient_id, so only DICOM or the file names can name the patients. "
+            "If they do not, add this column"
+        )
     return matched
 
 
@@ -225,5 +231,6 @@ def warn_of_unknown_patients(path, images, rows, n_words):
         words = f" ({n_words} of them say nan, NA or a word like these)" if n_words else ""
         warn(
             f"{path}: no patient_id for {len(unknown)} of {len(images)} images{words}, for example "
-            f"{unknown[0].name}; only DICOM or the file name can name their patient"
+            f"{unknown[0].name}; only DICOM or the file name can name their patient. If "
+            "they do not, fill in patient_id"
         )

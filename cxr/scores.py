@@ -281,4 +281,5 @@ def below_chance(auroc, n_patients):
     if highest >= 0.5:
         return []
     what = f"the AUROC is {format_interval(auroc)}, below chance (0.5)"
-    return [f"{what}. Are the class folders swapped, or the names of --classes (make: CLASSES)?"]
+    swapped = "the class folders, or the names of --classes (make: CLASSES), are swapped"
+    return [f"{what}. Look at images of each class, and find out whether {swapped}"]

@@ -42,7 +42,10 @@ def test_calibration_is_finite_on_separated_data_and_never_swaps_the_classes(cap
     slope, intercept = calibrate(logits, labels)
     assert 0 < slope < 5 and abs(intercept) < 1
     assert calibrate(logits, 1 - labels) == (1, 0)
-    assert "not calibrated" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "not calibrated" in err and err.endswith(
+        "Look at the images in val/ and at their labels\n"
+    )
 
 
 @pytest.mark.parametrize("seed", range(8))

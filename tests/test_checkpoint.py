@@ -52,7 +52,7 @@ def test_of_a_model_json_of_another_model_only_arch_and_window_are_used(
     info = dict(sha256="0" * 64, threshold=0.9, slope=3.0, epoch=77, images={})
     assert run_evaluate("--checkpoint", remake(**info)) == 0
     report = read_report(tmp_path / "results")
-    assert "DOES NOT BELONG" in report["warnings"][0]
+    assert "DOES NOT BELONG" in report["warnings"][0] and "Copy the two" in report["warnings"][0]
     assert "DOES NOT BELONG" in capsys.readouterr().err
     assert report["threshold"] == 0.5 and report["calibration"]["platt"]["slope"] == 1
     assert report["model"]["epoch"] is None and report["model"]["arch"] == "tinynet"

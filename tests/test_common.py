@@ -322,6 +322,7 @@ def test_unreadable_images_end_the_run_or_are_skipped(run_script, home, capsys, 
     assert SCRIPTS[script].main(home_flags(script, home, "--skip-bad")) == 0
     errors = capsys.readouterr().err
     assert sum(f"left out: {path}: " in errors for path in paths) == 5
+    assert errors.count("; repair it or remove it\n") == 5
     assert f"left out: {len(paths)} images in all" in errors
     if script == "train":
         names = [str(path.relative_to(home / "data")) for path in paths]

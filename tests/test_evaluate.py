@@ -161,7 +161,7 @@ def test_without_test_images_there_is_advice(data, run_train, run_evaluate, tmp_
     shutil.rmtree(data / "test")
     assert split_val.main(["--data-dir", str(data), "--check"]) == 0
     out = capsys.readouterr().out
-    assert "there is no test/" in out and "move whole patients there" in out
+    assert "there is no test/" in out and "run split_val.py --test 50 (make all TEST=50)" in out
     assert run_train(data=data) == 0
     assert run_evaluate("--data-dir", data, "--checkpoint", tmp_path / "model.pth") == 2
     err = capsys.readouterr().err

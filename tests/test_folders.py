@@ -68,8 +68,9 @@ def test_files_that_are_not_read_are_a_warning_and_all_names_of_jpegs_are_read(
     assert split_val.main(["--data-dir", str(data), "--check"]) == 0
     error = capsys.readouterr().err
     assert error.count(f"warning: {folder}: files that are not read: 2 (.jp2, no suffix)") == 2
-    assert error.count(f"warning: {folder / 'more'}: its images are not read") == 2
-    assert error.count(f"warning: {data / 'train'}: images directly in it are not read") == 2
+    assert error.count(". Convert them if they are images\n") == 2
+    assert error.count(f"warning: {folder / 'more'}: its images are not read. Move them up") == 2
+    assert error.count(f"warning: {data / 'train'}: images directly in it are not read. Move") == 2
     assert len(read_about(tmp_path)["images"]["train"]) == 40 - 2
 
 

@@ -26,7 +26,7 @@ def test_training_images_among_the_test_images_cause_a_warning(
     warnings = read_report(tmp_path / "results")["warnings"]
     (warning,) = [text for text in warnings if "TRAINING OR VALIDATION IMAGES" in text]
     assert warning.startswith("2 of 26 test images ARE ALSO") and "no test result" in warning
-    assert "for example no. 13:" in warning
+    assert "for example no. 13:" in warning and "Remove them from test/, or keep" in warning
     named = warning.replace("no. 13", "no. 13 (test/NORMAL/copy.jpeg)")
     assert f"warning: {named}" in capsys.readouterr().err  # the screen shows the name, too
 
@@ -36,6 +36,7 @@ def test_a_model_of_images_that_are_not_in_train_causes_a_warning(run_evaluate, 
     assert run_evaluate("--data-dir", data) == 0
     (warning,) = read_report(tmp_path / "results")["warnings"]
     assert warning.startswith("1 of the 64 images") and "are not in train/" in warning
+    assert warning.endswith("Train again (train.py, make train), or use the folders of the model")
 
 
 @pytest.mark.usefixtures("quick")
@@ -51,6 +52,7 @@ def test_patients_in_two_splits_cause_a_warning(data, tmp_path, flags, capsys):
     (warning,) = [text for text in warnings if "patients" in text]
     assert warning.startswith("1 of 24 test images are from patients who are also in train/")
     assert "in train/ or val/" in warning
+    assert warning.endswith("into train/, or all into test/, and train again")
     assert warning.partition(", for example")[0] in capsys.readouterr().err
 
 

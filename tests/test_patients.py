@@ -89,13 +89,15 @@ def test_copies_in_two_splits_are_counted(tree, capsys):
 
 def test_what_the_table_lacks_is_a_warning_and_is_counted(data, capsys):
     split_val.main(with_table(data, "file_name,sex\nIM-0000-0001.jpeg,F\n"))
-    assert "no column patient_id" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "no column patient_id" in error and "add this column\n" in error
     images = sorted(path.name for path in data.glob("t*/NORMAL/*"))
     rows = [f"{name},P{(i + 1) // 2}" for i, name in enumerate(images)]
     text = "\n".join(["file_name,patient_id", *rows[:-1], f"{images[-1]},", "gone.png,P1"])
     split_val.main(with_table(data, text))
     screen = capsys.readouterr()
-    assert f"1 of {len(rows) + 1} rows have no image, for example gone.png" in screen.err
+    absent = f"1 of {len(rows) + 1} rows have no image, for example gone.png. Correct these names"
+    assert absent in screen.err and "fill in patient_id\n" in screen.err
     assert "no patient_id for 57 of 88 images, for example " in screen.err
     assert "patient P10 is in train and test" in screen.out
 
