@@ -27,7 +27,7 @@ from torch import nn
 
 from cxr.bootstrap import DRAWS, INTERVALS
 from cxr.checkpoint import read_state_dict
-from cxr.cli import Parser, add_flags, add_network_flags, class_name, number, run
+from cxr.cli import Parser, add_flags, add_network_flags, call, class_name, number, run
 from cxr.compare import compare, match_predictions
 from cxr.errors import Failure, as_typed, warn
 from cxr.files import check_writable, hash_file, printable, read_json, versions, write_json
@@ -381,7 +381,7 @@ def write_report(folder, report, predictions, pictures):
 
 
 def score_split(args):
-    """Scores the images of a split, which have labels."""
+    """Scores the images of a split, which have labels. Returns the content of metrics.json."""
     check_test_exists(args)
     model = load_model(args.checkpoint, args.device, args.arch, args.classes)
     classes = model.info["classes"]
@@ -406,6 +406,7 @@ def score_split(args):
     print(f"The report to read (it shows X-rays): {args.results_dir / 'report.html'}")
     for text in report["warnings"]:
         warn(with_names(text, predictions))
+    return report
 
 
 def describe_origin(args, model, predictions, xrays, rows, novelty):
@@ -444,8 +445,9 @@ def describe_origin(args, model, predictions, xrays, rows, novelty):
 def classify_new(args):
     """Classifies new images: files, and the images directly inside folders.
 
-    The table has a row for each image. Without --skip-bad, raises Failure at the end if an image
-    could not be read.
+    The table has a row for each image. Returns it, a DataFrame with the columns of
+    new_predictions.csv. Without --skip-bad, raises Failure at the end, whose result is the table,
+    if an image could not be read.
     """
     model = load_model(args.checkpoint, args.device, args.arch, args.classes)
     classes = model.info["classes"]
@@ -466,12 +468,15 @@ def classify_new(args):
         views = readable_views(model, xrays, predictions)
         write_overlays(args.cam, model, views, drop_unreadable(predictions))
     print(f"\nWrote {path}{replaced}")
+    table = predictions.assign(prediction=predicted_classes(predictions, threshold, classes))
     bad = predictions[predictions["error"] != ""]
     if len(bad) and not args.skip_bad:
         first = f"{bad['file'].iloc[0]}: {bad['error'].iloc[0]}"
         what = f"{len(bad)} of {len(predictions)} images could not be read ({first})"
         advice = "accept this with --skip-bad (make: ARGS=--skip-bad)"
-        raise Failure(f"{what}; {path} lists all. Repair or remove them, or {advice}")
+        message = f"{what}; {path} lists all. Repair or remove them, or {advice}"
+        raise Failure(message, result=table)
+    return table
 
 
 def print_predictions(predictions, threshold, classes):
@@ -491,7 +496,10 @@ def print_predictions(predictions, threshold, classes):
 
 
 def rescore(args):
-    """Scores an earlier predictions.csv again (--from), without images and network."""
+    """Scores an earlier predictions.csv again (--from), without images and network.
+
+    Returns the content of metrics.json, also if it is not written.
+    """
     before = report_beside(args.source)
     classes = choose_classes(args.classes, before, args.source.with_name("metrics.json"))
     predictions = read_predictions(args.source, classes)
@@ -511,6 +519,7 @@ def rescore(args):
         print(f"Wrote all files except worst.png, which needs the images, to {args.results_dir}")
     for text in report["warnings"]:
         warn(with_names(text, predictions))
+    return report
 
 
 def earlier_origin(args, predictions, before, classes):
@@ -697,15 +706,27 @@ def parse_args(argv=None):
     return args
 
 
-def main(argv=None):
-    args = parse_args(argv)
+def score_or_classify(args):
+    """Does what the flags ask for. Returns the content of metrics.json, or predictions."""
     if args.source:
-        command = rescore
-    elif args.images:
-        command = classify_new
-    else:
-        command = score_split
-    return run(command, args, "evaluate.py")
+        return rescore(args)
+    if args.images:
+        return classify_new(args)
+    return score_split(args)
+
+
+def evaluate(flags=()):
+    """Evaluates as the script does, for a notebook. Returns the content of metrics.json as a dict.
+
+    flags: a list such as ["--split", "val"]. For new images, for example ["scan.png"], it returns
+    their predictions as a DataFrame, also if some of them could not be read. Raises Failure with
+    the line that the script would print.
+    """
+    return call(score_or_classify, parse_args, flags)
+
+
+def main(argv=None):
+    return run(score_or_classify, parse_args, argv, "evaluate.py")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from cxr.cli import Parser, add_flags, number, run
+from cxr.cli import Parser, add_flags, call, number, run
 from cxr.decode import SIZE
 from cxr.errors import UNDO, UNDO_TEST, Failure, as_typed, warn
 from cxr.files import check_writable, sync_folder, write_json
@@ -203,7 +203,7 @@ def counts_in_words(names):
 # ---------------------------------------------------------------- split, undo, check
 
 
-def split(args):
+def make_splits(args):
     """Makes val/ (with --test before that test/) from train/, or completes an interrupted split."""
     data_dir, classes = args.data_dir, args.classes
     if args.link_from:
@@ -320,7 +320,10 @@ def examine_data(args):
 
 
 def check(args):
-    """Prints what is wrong with the data. Raises Failure if there are errors."""
+    """Prints what is wrong with the data. Returns the report.
+
+    Raises Failure, whose result is the report, if there are errors.
+    """
     from cxr.check import count_of  # imported late, as above
 
     if args.json and args.json.name in SPLIT_FILES.values():
@@ -334,7 +337,8 @@ def check(args):
         write_json(args.json, report)
     if report["errors"]:
         n_errors = count_of(report["errors"], "error")
-        raise Failure(f"{args.data_dir}: {n_errors} in the data, see above")
+        raise Failure(f"{args.data_dir}: {n_errors} in the data, see above", result=report)
+    return report
 
 
 def check_before_split(args):
@@ -404,14 +408,31 @@ def parse_args(argv=None):
     return args
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    command = split
+def split_or_check(args):
+    """Does what the flags ask for. Returns the report of --check, or the records of the splits."""
     if args.check:
-        command = check
-    elif args.undo:
-        command = undo
-    return run(command, args, "split_val.py")
+        return check(args)
+    if args.undo:
+        undo(args)
+    else:
+        make_splits(args)
+    records = {name: read_split_record(args.data_dir, name) for name in SPLIT_FILES}
+    return {name: record for name, record in records.items() if record}
+
+
+def split(flags=()):
+    """Splits, checks or undoes as the script does, for a notebook.
+
+    flags: a list such as ["--test", 50]. Returns {"val": content of split_val.json, "test": content
+    of split_test.json}, without a split that has no such file. With --check, returns the findings,
+    also if there are errors, as a dict (see docs/files.md). Raises Failure with the line that the
+    script would print.
+    """
+    return call(split_or_check, parse_args, flags)
+
+
+def main(argv=None):
+    return run(split_or_check, parse_args, argv, "split_val.py")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from cxr import folds
 from cxr.calibration import calibrate, fit_threshold, threshold_rule
 from cxr.checkpoint import load_weights, save_checkpoint
-from cxr.cli import Parser, add_flags, add_network_flags, number, run
+from cxr.cli import Parser, add_flags, add_network_flags, call, number, run
 from cxr.curves import choose_samples, draw_curves, draw_samples, write_history
 from cxr.errors import INTERRUPTED, Failure, as_typed, interrupt_exit_code, progress, warn
 from cxr.files import check_writable, versions, write_json
@@ -293,8 +293,8 @@ def print_class_weight(labels, classes):
 # ---------------------------------------------------------------- train
 
 
-def train(args):
-    """Trains, calibrates and saves a head."""
+def train_model(args):
+    """Trains, calibrates and saves a head. Returns the content of model.json."""
     info_file = args.checkpoint.with_suffix(".json")
     report_file = args.results_dir / "metrics.json"
     xrays, backbone, device, dtype = load_inputs(args, args.checkpoint, info_file, report_file)
@@ -322,7 +322,7 @@ def train(args):
     standardize = Standardize(train_features[:, :1])  # of view 0, the images as they are
     mean, std = standardize.mean, standardize.std
     description["features"] = describe_features(mean, std, standardize(val_features))
-    save_checkpoint(args.checkpoint, backbone, head, description | fitted)
+    content = save_checkpoint(args.checkpoint, backbone, head, description | fitted)
     write_history(args.results_dir / "history.csv", best.history)
     threshold = f"threshold {fitted['threshold']:.3g}"
     scores = [f"{name} {format_interval(v)}" for name, v in fitted["at_threshold"].items()]
@@ -340,6 +340,7 @@ def train(args):
     if report_file.exists():
         what = f"{report_file} belongs to an earlier model"
         print(f"{what}; for the new one, run evaluate.py (make evaluate)")
+    return content
 
 
 def fit_on_val(head, data, val_xrays, args):
@@ -429,7 +430,7 @@ def cross_validate(args):
     """Cross-validates: one fold is predicted, the previous one stops the training, others train.
 
     The predictions of each repeat are scored together. cv.json also holds the spread of the folds,
-    and the scores on val/ of one head that was trained on train/.
+    and the scores on val/ of one head that was trained on train/. Returns the content of cv.json.
     """
     json_file = args.results_dir / "cv.json"
     table_file = args.results_dir / "doubtful_labels.csv"
@@ -448,7 +449,8 @@ def cross_validate(args):
     epochs = folds.spread(epochs) | {"single_split": single_split.get("epoch")}
     folds.print_cross_validation(metrics, epochs, len(xrays), args)
     content = {"folds": args.folds, "repeats": args.repeats, "n": len(xrays)}
-    write_json(json_file, content | {"metrics": metrics, "epochs": epochs})
+    content |= {"metrics": metrics, "epochs": epochs}
+    write_json(json_file, content)
     order, table = folds.rank_doubtful(
         probs, data.labels, xrays, args.threshold, args.data_dir, args.classes
     )
@@ -457,6 +459,7 @@ def cross_validate(args):
     folds.draw_doubtful(sheet_file, table, pictures, args.classes[1])
     names = f"{json_file}, {table_file.name} and {sheet_file.name}"
     print(f"Wrote {names}; the test images were not used")
+    return content
 
 
 def predict_all_folds(data, xrays, args):
@@ -597,9 +600,22 @@ def parse_args(argv=None):
     return args
 
 
+def train_or_cross_validate(args):
+    """Does what the flags ask for. Returns the content of model.json or cv.json."""
+    return cross_validate(args) if args.folds else train_model(args)
+
+
+def train(flags=()):
+    """Trains as the script does, for a notebook. Returns the content of model.json as a dict.
+
+    flags: a list such as ["--lr", 3e-4]; with --folds, it returns the content of cv.json. Raises
+    Failure with the line that the script would print.
+    """
+    return call(train_or_cross_validate, parse_args, flags)
+
+
 def main(argv=None):
-    args = parse_args(argv)
-    return run(cross_validate if args.folds else train, args, "train.py")
+    return run(train_or_cross_validate, parse_args, argv, "train.py")
 
 
 if __name__ == "__main__":

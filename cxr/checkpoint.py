@@ -213,7 +213,7 @@ def strip_prefix(state, network, source):
 def save_checkpoint(path, backbone, head, description):
     """Writes model.pth, a plain float32 state dict of the whole network, and model.json.
 
-    description: the content of model.json. The SHA-256 of model.pth is added.
+    description: the content of model.json, without the SHA-256 of model.pth. Returns all of it.
     """
     state = backbone.network.state_dict()
     state[f"{backbone.head_name}.weight"] = head.weight.detach().clone()
@@ -223,4 +223,6 @@ def save_checkpoint(path, backbone, head, description):
     torch.save(state, buffer)
     with atomic_write(path) as file:
         file.write(buffer.getbuffer())
-    write_json(path.with_suffix(".json"), description | {"sha256": hash_file(path)})
+    content = description | {"sha256": hash_file(path)}
+    write_json(path.with_suffix(".json"), content)
+    return content

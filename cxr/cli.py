@@ -19,7 +19,7 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that prints an error as one line and shows the flags in groups."""
+    """An ArgumentParser that raises Failure after an error and shows the flags in groups."""
 
     def __init__(self, script, description):
         super().__init__(prog=script, description=description, formatter_class=Formatter)
@@ -35,9 +35,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def error(self, message):
-        self.exit(
-            2, f"{self.prog}: {message} (see {self.prog} --help; variables of make: make help)\n"
-        )
+        raise Failure(f"{message} (see {self.prog} --help; variables of make: make help)")
 
 
 def number(kind, low, high=float("inf")):
@@ -105,10 +103,30 @@ def add_network_flags(data, output, machine):
     add_flags(machine, "--device", "--feature-batch-size", "--workers", "--debug")
 
 
-def run(command, args, script):
-    """Runs command(args) and returns the exit code.
+def call(command, parse_args, flags):
+    """Runs command(parse_args(flags)) for a notebook or another program, and returns its result.
 
-    Prints an error as one line on stderr that begins with `script`, the name of the script.
+    flags: a list of any objects whose str() is a flag or its value. An error for which `run` prints
+    a line raises Failure with this line (Ctrl-C: KeyboardInterrupt). But a Failure that has a
+    result is not raised, and its result is returned.
+    """
+    args = parse_args([str(flag) for flag in flags])
+    try:
+        return command(args)
+    except Failure as failure:
+        if failure.result is None:
+            raise
+        return failure.result
+    except (MemoryError, OSError) as error:
+        status, message = describe_error(error, args)
+        raise Failure(message, status) from error
+
+
+def run(command, parse_args, argv, script):
+    """Runs command(parse_args(argv)) as a script and returns the exit code.
+
+    argv: the command line, None for that of this process. Prints an error as one line on stderr
+    that begins with `script`, the name of the script.
     """
     if rank_and_world()[0] > 0:
         sys.stdout = open(os.devnull, "w")  # under torchrun, only rank 0 prints
@@ -116,12 +134,17 @@ def run(command, args, script):
         with contextlib.suppress(AttributeError):  # the streams of a notebook have no reconfigure
             stream.reconfigure(errors="backslashreplace")  # for file names that are not UTF-8
     previous_handlers = handle_signals()
+    args = argparse.Namespace(debug=False)  # until the flags are known
     try:
+        args = parse_args(argv)
         command(args)
         sys.stdout.flush()
         return 0
     except (Failure, KeyboardInterrupt, MemoryError, OSError) as error:
         status, message = describe_error(error, args)
+        if isinstance(error, BrokenPipeError):
+            # Python would fail again when it flushes stdout at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if args.debug:
             traceback.print_exc()
         one_line = " ".join(message.split())
@@ -171,8 +194,6 @@ def describe_error(error, args):
         smaller = "a smaller --feature-batch-size (make: FEATURE_BATCH_SIZE=8)"
         return 4, f"the memory is full; use {smaller} or --workers 0 (make: WORKERS=0)"
     if isinstance(error, BrokenPipeError):
-        # Python would fail again when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 4, "the output was cut off (for example by `head`); each written file is complete"
     message = f"{error.filename or 'a file'}: {error.strerror or error}"
     if error.errno in errors.DISK_FULL:

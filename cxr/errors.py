@@ -23,11 +23,16 @@ RESOURCES = (*DISK_FULL, errno.EIO, errno.EAGAIN, errno.EMFILE, errno.ENFILE)
 
 
 class Failure(Exception):
-    """An error that is not a bug. Its message says what was expected, found, and what to do."""
+    """An error that is not a bug. Its message says what was expected, found, and what to do.
 
-    def __init__(self, message, status=2):
+    status: the exit code of the script; result: what was made in spite of the error. A script then
+    ends with the exit code, and a function for notebooks (`cxr.cli.call`) returns the result.
+    """
+
+    def __init__(self, message, status=2, result=None):
         super().__init__(message)
-        self.status = status  # the exit code of the script
+        self.status = status
+        self.result = result
 
 
 class Terminated(KeyboardInterrupt):

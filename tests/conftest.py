@@ -193,10 +193,7 @@ def run_evaluate(quick, split_phantoms, trained, tmp_path):
 
     def call(*flags):
         flags = ("--results-dir", tmp_path / "results", *flags)  # argparse takes the last value
-        try:
-            return evaluate.main(path_flags(split_phantoms, trained, trained / "cache", *flags))
-        except SystemExit as stop:  # argparse
-            return stop.code
+        return evaluate.main(path_flags(split_phantoms, trained, trained / "cache", *flags))
 
     return call
 
@@ -272,10 +269,7 @@ def run_script(home, capsys):
 
     def call(script, *more):
         capsys.readouterr()
-        try:
-            status = SCRIPTS[script].main(home_flags(script, home, *more))
-        except SystemExit as stop:
-            status = stop.code
+        status = SCRIPTS[script].main(home_flags(script, home, *more))
         lines = capsys.readouterr().err.splitlines()
         return status, [line for line in lines if not line.startswith("warning: ")]
 
