@@ -61,6 +61,7 @@ from cxr.scores import (
     measure_subgroups,
     score,
 )
+from cxr.transforms import compare_transforms
 
 PACKAGES = ("torch", "torchvision", "torchmetrics", "scipy", "scikit-learn", "numpy", "pillow")
 NOT_ASSESSED = ("age", "sex", "device")  # subgroups that a reader expects; see metadata.csv
@@ -165,17 +166,15 @@ def build_head(backbone, path):
 
 
 def transform_warnings(backbone, info, path):
-    """Returns a warning if the transforms of common.py are not those of the training."""
+    """Returns a warning if the transforms of common.py are not those of the training.
+
+    Raises Failure if the size of the images, or the mean or standard deviation, differ.
+    """
     if not info.get("transforms"):
         return []
     prepare, *_, normalize = info["transforms"]  # augmentation is for training only
     now = [str(common.PREPARE), str(backbone.normalize)]
-    if now == [prepare, normalize]:
-        return []
-    changed = ", ".join(text for text in now if text not in (prepare, normalize))
-    text = f"{path.name} was trained with other transforms than those in common.py"
-    advice = "Change common.py back, or train again (train.py, make train)"
-    return [f"{text} ({changed}): its probabilities are wrong. {advice}"]
+    return compare_transforms([prepare, normalize], now, path)
 
 
 def describe_model(path, info):

@@ -35,6 +35,7 @@ from cxr.files import check_writable, versions, write_json
 from cxr.folders import SPLIT_FILES, check_split_classes
 from cxr.novelty import describe_features
 from cxr.patients import choose_hash_dir, count_patients, read_split
+from cxr.previous import keep_previous, previous_files
 from cxr.proportions import accuracy_intervals, few_patients_warnings, format_interval
 
 # ---------------------------------------------------------------- the training loop
@@ -297,7 +298,8 @@ def train_model(args):
     """Trains, calibrates and saves a head. Returns the content of model.json."""
     info_file = args.checkpoint.with_suffix(".json")
     report_file = args.results_dir / "metrics.json"
-    xrays, backbone, device, dtype = load_inputs(args, args.checkpoint, info_file, report_file)
+    outputs = [args.checkpoint, info_file, report_file, *previous_files(args.checkpoint)]
+    xrays, backbone, device, dtype = load_inputs(args, *outputs)
     train_xrays = [xray for xray in xrays if xray.split == "train"]
     val_xrays = [xray for xray in xrays if xray.split == "val"]
     train_features, train_xrays, unreadable_train = load_features(
@@ -322,6 +324,7 @@ def train_model(args):
     standardize = Standardize(train_features[:, :1])  # of view 0, the images as they are
     mean, std = standardize.mean, standardize.std
     description["features"] = describe_features(mean, std, standardize(val_features))
+    kept = keep_previous(args.checkpoint, description)
     content = save_checkpoint(args.checkpoint, backbone, head, description | fitted)
     write_history(args.results_dir / "history.csv", best.history)
     threshold = f"threshold {fitted['threshold']:.3g}"
@@ -330,16 +333,18 @@ def train_model(args):
     for text in few_patients_warnings("val", description["val_patients"]):
         warn(text)
 
-    kept = f"the mean of {len(heads)} heads" if args.seeds > 1 else f"epoch {best.epoch}"
-    saved = f"{kept} in {args.checkpoint}, {threshold}"
+    source = f"the mean of {len(heads)} heads" if args.seeds > 1 else f"epoch {best.epoch}"
+    saved = f"{source} in {args.checkpoint}, {threshold}"
     if best.exit_code:
-        done = f"{len(best.history)} epochs"
-        raise Failure(f"interrupted after {done}; saved {saved}", best.exit_code)
+        message = f"interrupted after {len(best.history)} epochs; saved {saved}"
+        raise Failure("; ".join(filter(None, [message, kept])), best.exit_code)
     draw_training(args, best, train_xrays)
     print(f"Saved {saved}; curves and samples are in {args.results_dir}")
     if report_file.exists():
         what = f"{report_file} belongs to an earlier model"
         print(f"{what}; for the new one, run evaluate.py (make evaluate)")
+    if kept:
+        print(kept)
     return content
 
 

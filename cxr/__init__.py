@@ -12,11 +12,13 @@ bootstrap    confidence intervals of other scores (AUROC, F1, ...): a bootstrap 
 loader       worker processes that decode images
 calibration  Platt scaling and the threshold, fitted on val/; logistic regression
 copies       finds altered copies of an image among many
+transforms   compares the transforms of a model with those of today
 
 folders      the classes, splits and images of a data folder
 hashes       the SHA-256 of images, remembered in the cache
 cache        the features, in memory and on disk
 checkpoint   reads state dicts safely, finds pretrained weights, writes model.pth
+previous     keeps the earlier model when a training replaces it
 tables       tables of other people: names of columns, spellings of ids and of file names
 
 cli          the command line flags that all scripts share, and exit codes
