@@ -10,13 +10,25 @@ $(if $(filter-out $(VARIABLES) -%,$(given)),$(error unknown variable $(filter-ou
 # RUN=name keeps a run apart; a flag is passed only if its variable was given: the defaults live in the scripts
 MODEL := $(if $(RUN),runs/$(RUN)/model.pth)
 RESULTS := $(if $(findstring --from,$(ARGS)),,$(if $(RUN),runs/$(RUN)/results))
-flag = $(if $($2),--$1 '$(subst ','\'',$($2))')
-data_flags = $(call flag,data-dir,DATA) $(if $(CLASSES),--classes $(CLASSES)) $(call flag,seed,SEED)
-split_flags = $(data_flags) $(call flag,per-class,PER_CLASS) $(call flag,test,TEST) $(call flag,link-from,LINK_FROM)
-run_flags = $(data_flags) $(call flag,checkpoint,MODEL) $(call flag,results-dir,RESULTS) \
-	$(call flag,device,DEVICE) $(call flag,feature-batch-size,FEATURE_BATCH_SIZE) $(call flag,workers,WORKERS)
-train_flags = $(run_flags) $(call flag,epochs,EPOCHS) $(call flag,batch-size,BATCH_SIZE) $(call flag,lr,LR) $(call flag,patience,PATIENCE) \
-	$(call flag,views,VIEWS) $(call flag,window,WINDOW) $(call flag,arch,ARCH) $(call flag,weights,WEIGHTS)
+# each flag brings the space in front of it, so that the commands on the screen have no gaps
+quote = '$(subst ','\'',$1)'
+flag = $(if $($2), --$1 $(call quote,$($2)))
+data_flags = $(call flag,data-dir,DATA)$(if $(CLASSES), --classes $(CLASSES))$(call flag,seed,SEED)
+split_flags = $(data_flags)$(call flag,per-class,PER_CLASS)$(call flag,test,TEST)$(call flag,link-from,LINK_FROM)
+machine_flags = $(call flag,device,DEVICE)$(call flag,feature-batch-size,FEATURE_BATCH_SIZE)$(call flag,workers,WORKERS)
+run_flags = $(data_flags)$(call flag,checkpoint,MODEL)$(call flag,results-dir,RESULTS)$(machine_flags)
+loop_flags = $(call flag,epochs,EPOCHS)$(call flag,batch-size,BATCH_SIZE)$(call flag,lr,LR)$(call flag,patience,PATIENCE)
+variant_flags = $(call flag,views,VIEWS)$(call flag,window,WINDOW)$(call flag,arch,ARCH)$(call flag,weights,WEIGHTS)
+train_flags = $(run_flags)$(loop_flags)$(variant_flags)
+args = $(if $(ARGS), $(ARGS))
+# in make all, each script leaves out the flags that only other scripts know
+all_args = $(if $(ARGS), --args-of-all $(ARGS))
+# a name that exists is one name, also with spaces; otherwise IMAGES are several names, with or without quotes
+open := (
+close := )
+escaped = $(subst $(open),\$(open),$(subst $(close),\$(close),$(IMAGES)))
+several = $(if $(findstring ',$(IMAGES))$(findstring ",$(IMAGES)),$(IMAGES),$(escaped))
+images = $(if $(shell test -e $(call quote,$(IMAGES)) && echo yes),$(call quote,$(IMAGES)),$(several))
 launch = $(if $(GPUS),$(PY) -m torch.distributed.run --standalone --nproc-per-node $(GPUS),$(PY))
 
 .PHONY: FORCE help install split check train cv evaluate predict all demo test matrix fuzz bench lint clean
@@ -33,13 +45,13 @@ help:  ## this page
 #=   VIEWS WINDOW ARCH WEIGHTS      variants and window of an image; network; imagenet, random or a file
 #=   SEED DEVICE WORKERS GPUS       seed; cpu, cuda, mps; decoding processes; GPUS=4 shares the pass
 #=   FEATURE_BATCH_SIZE             views per batch in the frozen network
-#=   IMAGES ARGS PYTHON             for predict; further flags, of train.py in all; makes .venv
+#=   IMAGES ARGS PYTHON             for predict; further flags (in all: of any script); makes .venv
 
 # a PYTHON that is given makes .venv anew where it was made by another one
 other_python := $(if $(filter command environment,$(origin PYTHON)),$(filter-out $(shell cat .venv/python 2>/dev/null),$(PYTHON)))
 .venv/installed: requirements.txt $(if $(other_python),FORCE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer needed, found %d.%d: make install PYTHON=python3.12" % sys.version_info[:2])'
-	$(PYTHON) -m venv $(if $(other_python),--clear) .venv
+	$(PYTHON) -m venv$(if $(other_python), --clear) .venv
 	@echo "$(PYTHON)" > .venv/python
 	$(PY) -m pip install --quiet --requirement requirements.txt
 	@touch $@
@@ -49,34 +61,34 @@ other_python := $(if $(filter command environment,$(origin PYTHON)),$(filter-out
 install: .venv/installed  ## make .venv with the packages of requirements.txt
 
 split: install  ## move whole patients from train/ to val/, with TEST=50 also to test/ (ARGS=--undo: val/ back to train/)
-	$(PY) split_val.py $(split_flags) $(ARGS)
+	$(PY) split_val.py$(split_flags)$(args)
 check: install  ## look for leaks, duplicates and shortcuts in the data
-	$(PY) split_val.py --check $(data_flags) $(ARGS)
+	$(PY) split_val.py --check$(data_flags)$(args)
 train: install  ## train the classifier: model.pth, model.json, curves
-	$(launch) train.py $(train_flags) $(ARGS)
+	$(launch) train.py$(train_flags)$(args)
 cv: install  ## cross-validate instead: the spread of every number
-	$(launch) train.py --folds 5 --repeats 5 $(train_flags) $(ARGS)
+	$(launch) train.py --folds 5 --repeats 5$(train_flags)$(args)
 evaluate: install  ## score the test images: metrics, predictions, pictures
-	$(PY) evaluate.py $(run_flags) $(ARGS)
+	$(PY) evaluate.py$(run_flags)$(args)
 predict: install  ## classify IMAGES="scan.png folder/"
-	$(PY) evaluate.py $(run_flags) $(ARGS) $(if $(IMAGES),$(IMAGES),$(error which images? make predict IMAGES="scan.png folder/"))
+	$(PY) evaluate.py$(run_flags)$(args) $(if $(IMAGES),$(images),$(error which images? make predict IMAGES="scan.png folder/"))
 all: install  ## check, split, train, evaluate
-	$(PY) split_val.py $(split_flags) --check-first $(filter --skip-bad,$(ARGS))
-	$(launch) train.py $(train_flags) $(ARGS)
-	$(PY) evaluate.py $(run_flags)
+	$(PY) split_val.py$(split_flags) --check-first$(all_args)
+	$(launch) train.py$(train_flags)$(all_args)
+	$(PY) evaluate.py$(run_flags)$(all_args)
 
 demo: install  ## the whole chain on drawn radiographs, in demo/: needs neither data nor weights
-	$(PY) tests/phantoms.py demo/chestxrays $(if $(CLASSES),--classes $(CLASSES))
+	$(PY) tests/phantoms.py demo/chestxrays$(if $(CLASSES), --classes $(CLASSES))
 	$(MAKE) --no-print-directory all DATA=demo/chestxrays PER_CLASS=15 MODEL=demo/model.pth RESULTS=demo/results WEIGHTS=random
 	@echo; echo "Next: put your own images into data/chestxrays/ (see README.md), then make check, then make all"
 test: lint  ## everything that is checked before a change lands
-	$(PY) -m pytest -q -n 2 --dist worksteal $(ARGS)
+	$(PY) -m pytest -q -n 2 --dist worksteal$(args)
 matrix:  ## the tests with the oldest Python and lowest versions, and with the newest
-	tests/matrix.sh $(ARGS)
+	tests/matrix.sh$(args)
 fuzz: .venv/installed-tests  ## minutes of damaged images, checkpoints and records, and kills at every step
-	$(PY) -m pytest -q -n 2 --dist worksteal tests --fuzz $(ARGS)
+	$(PY) -m pytest -q -n 2 --dist worksteal tests --fuzz$(args)
 bench: .venv/installed-tests  ## the speed table
-	$(PY) tests/bench.py $(ARGS)
+	$(PY) tests/bench.py$(args)
 lint: .venv/installed-tests  ## format, style and import directions
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .

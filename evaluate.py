@@ -636,10 +636,7 @@ def probability(text):
             f"{text} is a rule, which is fitted on val/ in the training: use it with train.py "
             f"(make train ARGS='--threshold {text}')"
         )
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, found {text}")
-    return value
+    return number(float, 0, 1)(text)
 
 
 def find_table(path):

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from cxr.cli import Parser, add_flags, call, number, run
 from cxr.decode import SIZE
-from cxr.errors import UNDO, UNDO_TEST, Failure, as_typed, warn
+from cxr.errors import UNDO, UNDO_TEST, Failure, as_typed, number_meant, warn
 from cxr.files import check_writable, sync_folder, write_json
 from cxr.folders import (
     SPLIT_FILES,
@@ -369,7 +369,7 @@ def number_or_share(text):
         if 0 < float(text) < 1:
             return float(text)
     expected = "images per class, such as 50, or a share of each class below 1, such as 0.2"
-    raise argparse.ArgumentTypeError(f"expected {expected}, found {text}")
+    raise argparse.ArgumentTypeError(f"expected {expected}, found {text}{number_meant(text)}")
 
 
 def parse_args(argv=None):

@@ -550,9 +550,9 @@ def parse_args(argv=None):
     add_network_flags(data, output, machine)
     add_flags(data, "--classes")
     # fmt: off
-    data.add_argument("--window", type=number(float, 0, 40), default=2.0, metavar="PERCENT",
-        help="the darkest PERCENT of an image's pixels become black, and the brightest white (0 = "
-             "8-bit images stay unchanged)")
+    data.add_argument("--window", type=number(float, 0, 40, percent=1), default=2.0,
+        metavar="PERCENT", help="the darkest PERCENT of an image's pixels become black, and the "
+             "brightest white (0 = 8-bit images stay unchanged)")
     training.add_argument("--arch", default="resnet50", metavar="NAME",
         help="a classifier of torchvision that ends in a Linear layer")
     training.add_argument("--weights", default="imagenet", metavar="WHAT",

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cxr.errors import warn
+from cxr.errors import number_meant, warn
 
 
 def fit_logistic(x, labels, offset, patients):
@@ -112,4 +112,5 @@ def threshold_rule(text):
         if 0 <= value <= 1:
             return text if text.startswith("sensitivity=") else value
     expected = "a number from 0 to 1, youden or sensitivity=0.95"
-    raise argparse.ArgumentTypeError(f"expected {expected}, found {text}")
+    meant = number_meant(text.removeprefix("sensitivity="))
+    raise argparse.ArgumentTypeError(f"expected {expected}, found {text}{meant}")

@@ -10,8 +10,9 @@ import traceback
 from pathlib import Path
 
 from cxr import errors
-from cxr.errors import Failure, Terminated, interrupt_exit_code, rank_and_world
+from cxr.errors import Failure, Terminated, interrupt_exit_code, number_meant, rank_and_world
 from cxr.folders import CLASSES, is_class_name
+from cxr.make_all import own_part
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -29,6 +30,7 @@ class Parser(argparse.ArgumentParser):
         return [self.add_argument_group(title) for title in titles]
 
     def parse_args(self, argv=None, namespace=None):
+        argv = own_part(sys.argv[1:] if argv is None else argv, self.prog)
         args = super().parse_args(argv, namespace)
         if args.classes and args.classes[0] == args.classes[1]:
             self.error(f"--classes: expected two different names, found {args.classes[0]} twice")
@@ -38,17 +40,22 @@ class Parser(argparse.ArgumentParser):
         raise Failure(f"{message} (see {self.prog} --help; variables of make: make help)")
 
 
-def number(kind, low, high=float("inf")):
-    """Returns an argparse type: an int or a float (`kind`) from low to high."""
+def number(kind, low, high=float("inf"), percent=0.01):
+    """Returns an argparse type: an int or a float (`kind`) from low to high.
+
+    percent: the value that 1 % has, for the answer to a text like 3%.
+    """
     limit = f"of at least {low}" if high == float("inf") else f"from {low} to {high}"
+    expected = f"a whole number {limit}" if kind is int else f"a number {limit}"
 
     def convert(text):
-        value = kind(text)
-        if not low <= value <= high or value == float("inf"):
-            raise argparse.ArgumentTypeError(f"expected a number {limit}, found {text}")
-        return value
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if low <= value <= high and value != float("inf"):
+                return value
+        meant = number_meant(text, kind, low, high, percent)
+        raise argparse.ArgumentTypeError(f"expected {expected}, found {text}{meant}")
 
-    convert.__name__ = kind.__name__  # argparse names the type if kind(text) fails
     return convert
 
 

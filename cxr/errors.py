@@ -8,6 +8,7 @@ number that is not finite, 4 resources (disk, memory, device), 130 Ctrl-C, 143 S
 import contextlib
 import errno
 import os
+import re
 import shlex
 import sys
 
@@ -63,6 +64,24 @@ def as_typed(flag, variable, value):
     """Returns a flag as a user types it, "--flag VALUE (make: VARIABLE=VALUE)", for messages."""
     value = shlex.quote(str(value))
     return f"{flag} {value} (make: {variable}={value})"
+
+
+def number_meant(text, kind=float, low=0, high=1, percent=0.01):
+    """Returns "; did you mean 0.001?" for a text like "0,001" or "3%", otherwise "".
+
+    kind: int or float, from low to high; percent: the value that 1 % has.
+    """
+    plain, factor = text.strip(), 1
+    if kind is int:
+        plain = re.sub(r",(?=\d{3}\b)", "", plain)  # 1,000
+    elif plain.endswith("%"):
+        plain, factor = plain[:-1], percent
+    plain = plain.replace(",", ".")
+    with contextlib.suppress(ValueError):
+        value = float(plain) * factor
+        if plain != text and low <= value <= high and value == kind(value):
+            return f"; did you mean {value:.10g}?"
+    return ""
 
 
 def either(words):

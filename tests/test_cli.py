@@ -97,6 +97,40 @@ def test_in_a_notebook_an_error_begins_with_the_name_of_the_script(flags, refuse
     assert refused(2, "train", *flags).startswith("train.py: ")
 
 
+@pytest.mark.parametrize(
+    ("script", "flag", "text", "meant"),
+    [
+        ("train", "--lr", "0,001", "0.001"),
+        ("train", "--lr", "1,5e-4", "0.00015"),
+        ("train", "--window", "2%", "2"),
+        ("train", "--epochs", "1,000", "1000"),
+        ("train", "--epochs", "50,0", "50"),
+        ("train", "--seed", "1,234,567", "1234567"),
+        ("train", "--threshold", "0,5", "0.5"),
+        ("train", "--threshold", "sensitivity=95%", "0.95"),
+        ("evaluate", "--prevalence", "3%", "0.03"),
+        ("evaluate", "--prevalence", "0,5 %", "0.005"),
+        ("evaluate", "--threshold", "70%", "0.7"),
+        ("split_val", "--test", "0,2", "0.2"),
+        ("split_val", "--test", "20%", "0.2"),
+    ],
+)
+def test_a_number_with_a_comma_or_per_cent_is_answered_with_the_number_that_was_meant(
+    script, flag, text, meant, refused
+):
+    line = refused(2, script, flag, text)
+    assert f"argument {flag}: expected" in line
+    assert f"found {text}; did you mean {meant}? (see" in line
+
+
+@pytest.mark.parametrize(
+    ("flag", "text"),
+    [("--lr", "fast"), ("--lr", "1e"), ("--lr", "-0,1"), ("--epochs", "1,5"), ("--epochs", "5%")],
+)
+def test_nothing_is_recommended_that_would_be_refused(flag, text, refused):
+    assert "did you mean" not in refused(2, "train", f"{flag}={text}")
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
 @pytest.mark.parametrize("script", ["train", "evaluate"])
 def test_a_full_memory_names_the_flag_that_helps(script, error, refused, home, monkeypatch):

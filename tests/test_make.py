@@ -45,9 +45,9 @@ COMMANDS = {
     ],
     "split TEST=50": ["split_val.py --test '50'"],
     "all RUN=wide ARGS='--seeds 5 --skip-bad'": [
-        "split_val.py --check-first --skip-bad",
-        f"train.py {RUN} --seeds 5 --skip-bad",
-        f"evaluate.py {RUN}",
+        "split_val.py --check-first --args-of-all --seeds 5 --skip-bad",
+        f"train.py {RUN} --args-of-all --seeds 5 --skip-bad",
+        f"evaluate.py {RUN} --args-of-all --seeds 5 --skip-bad",
     ],
     "all RUN=wide": ["split_val.py --check-first", f"train.py {RUN}", f"evaluate.py {RUN}"],
     "train RUN=wide MODEL=x.pth": [f"train.py {RUN}".replace("runs/wide/model.pth", "x.pth")],
@@ -60,8 +60,32 @@ COMMANDS = {
 @pytest.mark.parametrize("words", COMMANDS)
 def test_make_passes_a_flag_for_each_variable_that_is_given(words):
     expected = [f".venv/bin/python {command}" for command in COMMANDS[words]]
-    lines = [" ".join(line.split()) for line in make(*shlex.split(words)).stdout.splitlines()]
-    assert lines[-len(expected) :] == expected
+    lines = make(*shlex.split(words)).stdout.splitlines()
+    assert lines[-len(expected) :] == expected  # also without double spaces
+
+
+@pytest.mark.parametrize(
+    "name", ["a.png", "film 1.png", "film (1).png", "Müller's [2].png", "a folder", "a  b.png"]
+)
+def test_an_image_that_exists_is_one_name_without_more_quotes(name, tmp_path):
+    put(tmp_path / name, b"")
+    path = shlex.quote(f"{tmp_path}/{name}")
+    line = make("predict", f"IMAGES={tmp_path}/{name}").stdout.splitlines()[-1]
+    assert shlex.split(line) == shlex.split(f".venv/bin/python evaluate.py {path}")
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        ("a.png scans/", ["a.png", "scans/"]),
+        ("a(1).png b(2).png", ["a(1).png", "b(2).png"]),
+        ("'a (1).png' b.png", ["a (1).png", "b.png"]),
+        ("nosuch.png", ["nosuch.png"]),
+    ],
+)
+def test_other_images_are_several_names(images, words):
+    line = make("predict", f"IMAGES={images}").stdout.splitlines()[-1]
+    assert shlex.split(line)[2:] == words
 
 
 def test_make_refuses_an_unknown_variable():

@@ -261,7 +261,7 @@ def test_an_interrupted_run_of_several_heads_saves_none_of_them(
         (["--device", "gpu"], "expected auto, cpu, cuda"),
         (["--folds", "2"], "expected 3 or more"),
         (["--repeats", "2"], "--repeats needs --folds"),
-        (["--views", "0"], "expected a number"),
+        (["--views", "0"], "expected a whole number"),
         (["--lr", "-1"], "expected a number"),
         (["--window", "50"], "from 0 to 40"),
         (["--weights", "radnom"], "WEIGHTS=radnom): no such file; expected imagenet, random or"),
