@@ -14,6 +14,7 @@ import zlib
 from importlib import metadata
 from pathlib import Path
 
+from cxr import __version__
 from cxr.errors import Failure, is_system_error
 
 ESCAPES = "backslashreplace"  # for what UTF-8 cannot encode: names that are not UTF-8
@@ -188,6 +189,7 @@ def save_figure(path, figure, dpi):
 
 
 def versions(*packages):
-    """Returns {name: version} of Python, of these installed packages, and of the platform."""
+    """Returns {name: version} of this project, Python, these packages, and the platform."""
+    ours = {"cxr": __version__, "python": platform.python_version()}
     installed = {name: metadata.version(name) for name in packages}
-    return {"python": platform.python_version(), **installed, "platform": platform.platform()}
+    return {**ours, **installed, "platform": platform.platform()}

@@ -1,11 +1,17 @@
 """The package as a whole: what an import loads, and in which direction the imports go."""
 
 import gc
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import cxr
+from cxr.files import read_json
+
+ROOT = Path(__file__).parent.parent
 SCRIPTS = ("split_val", "train", "evaluate")
 
 
@@ -48,3 +54,16 @@ def test_no_module_of_cxr_imports_common_or_a_script(pytestconfig):
     assert len(names) > 20
     imports = "import " + ", ".join(f"cxr.{name}" for name in names)
     assert not modules_after(imports, pytestconfig.rootpath) & {"common", *SCRIPTS}
+
+
+def test_the_version_is_one_in_all_files(trained, scored):
+    assert re.fullmatch(r"\d+\.\d+\.\d+", cxr.__version__)
+    results, _ = scored
+    for path in (trained / "model.json", results / "metrics.json"):
+        assert read_json(path)["versions"]["cxr"] == cxr.__version__
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {cxr.__version__}\n" in citation
+    newest = re.search(
+        r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert newest[1] == cxr.__version__

@@ -10,7 +10,7 @@ from helpers import ROOT, SCRIPTS, read_report
 
 from cxr.files import read_json
 
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 PIP = {"PIP_EXTRA_INDEX_URL", "PIP_NO_INDEX", "PIP_FIND_LINKS"}
 
 
