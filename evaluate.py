@@ -413,7 +413,9 @@ def describe_origin(args, model, predictions, xrays, rows, novelty):
 
     predictions, xrays: the readable images; rows: of metadata.csv.
     """
-    from cxr.shortcuts import single_number_baselines  # slow to import: scikit-learn
+    # Slow to import: scikit-learn.
+    from cxr.confounders import compare_with_columns, confounder_warnings
+    from cxr.shortcuts import single_number_baselines
 
     classes = model.info["classes"]
     training, reason = list_training_xrays(args.data_dir, rows, classes, choose_hash_dir(args))
@@ -423,21 +425,23 @@ def describe_origin(args, model, predictions, xrays, rows, novelty):
     if "val_patients" in model.info:  # an earlier version did not write them
         warnings += few_patients_warnings("val", model.info["val_patients"])
     warnings += leak_warnings(model.info, xrays, predictions["number"], training, args.split)
-    baselines = None
+    baselines = confounders = None
     if args.split == "test":
         baselines = single_number_baselines(
             predictions, xrays, training, reason, common.SIZE, args.seed
         )
+        confounders = compare_with_columns(predictions, xrays, training, classes, args.seed)
     return {
         "classes": classes,
         "split": args.split,
         "data": str(args.data_dir / args.split),
         "model": describe_model(args.checkpoint, model.info),
-        "warnings": warnings,
+        "warnings": warnings + confounder_warnings(confounders),
         "unlike": novelty,
         "threshold": threshold,
         "threshold_from": threshold_from,
         "shortcut": baselines,
+        "confounders": confounders,
     }
 
 
@@ -537,6 +541,7 @@ def earlier_origin(args, predictions, before, classes):
         "threshold_from": threshold_from,
         # If the tables differ, the baselines belong to other probabilities.
         "shortcut": None if mismatch else before.get("shortcut"),
+        "confounders": None if mismatch else before.get("confounders"),
     }
 
 

@@ -39,6 +39,7 @@ compare      compares two models on the same images
 plots        the pictures of a report
 films        lateral images, captures and images in colour
 shortcuts    how well one number of an image predicts its class without a network
+confounders  how well a column of metadata.csv or a DICOM value predicts the class
 
 page         the report, on the screen and as a web page (page.html is its template)
 duplicates   reports copies of an image, and negatives

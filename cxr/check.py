@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import PIL.Image
 
+from cxr.confounders import find_confounders, print_confounders
 from cxr.decode import explain_unreadable
 from cxr.duplicates import find_nearly_same, find_negatives, find_same
 from cxr.errors import LIST_ALL, Failure, is_system_error, show_progress
@@ -125,8 +126,12 @@ def examine(data_dir, size, classes):
         )
         report["warnings"].append(f"{message}, run split_val.py --test 50 (make all TEST=50)")
     checks = (find_same, find_nearly_same, find_negatives, find_shared_patients, find_properties)
-    shortcuts = partial(find_shortcuts, scored_on=splits[-1], classes=classes)
-    for find in (*checks, find_unusual, shortcuts):
+    options = {"scored_on": splits[-1], "classes": classes}
+    shortcuts, confounders = (
+        partial(find_shortcuts, **options),
+        partial(find_confounders, **options),
+    )
+    for find in (*checks, find_unusual, shortcuts, confounders):
         entries, errors, warnings = find(examined)
         report |= entries
         report["errors"] += errors
@@ -158,6 +163,7 @@ def print_report(report, size):
         print(f"films that happen to be similar; {LIST_ALL}")
     print_properties(report, size)
     print_single_numbers(report)
+    print_confounders(report)
 
     print(f"\n{count_of(report['errors'], 'error')}, {count_of(report['warnings'], 'warning')}")
     messages = [f"error: {text}" for text in report["errors"]]

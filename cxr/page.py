@@ -16,11 +16,13 @@ from cxr.files import atomic_write
 from cxr.novelty import SHIFT
 from cxr.patients import METADATA
 from cxr.predictions import with_names
-from cxr.proportions import FEW_PATIENTS, format_interval
+from cxr.proportions import FEW_PATIENTS, format_interval, format_number
 
 NAMES = {"f1": "F1", "auroc": "AUROC", "ppv": "PPV", "npv": "NPV", "ece": "ECE"}
 LEAD = ("accuracy", "auroc", "sensitivity", "specificity")  # scores in the first lines of the page
 ROUGH_BELOW = 30  # patients of a class; with fewer, the intervals are rough
+
+TITLE_CONFOUNDERS = "Confounders: what a column of metadata.csv or a DICOM value alone predicts"
 
 PICTURES = {
     "roc": "ROC curve: sensitivity and false positive rate for every threshold",
@@ -138,6 +140,8 @@ def sections(report):
         yield "Images unlike the training images", [novelty_line(report["unlike"])]
     if report["shortcut"]:
         yield baseline_section(report["shortcut"], allows_conclusions(report))
+    if report["confounders"] and any(report["confounders"].values()):
+        yield TITLE_CONFOUNDERS, confounder_lines(report)
     if report["comparison"]:
         yield comparison_section(report["comparison"])
     if report["not_assessed"]:
@@ -224,6 +228,46 @@ def baseline_text(subject, row):
     return f"{subject} AUROC {row['auroc']:.3f}. Network minus this: {difference}"
 
 
+def confounder_lines(report):
+    """Compares the network with the strongest column and each with an alarm; lists the others."""
+    found, lines, others = report["confounders"], [], []
+    for row in found["columns"]:
+        if "difference" not in row:
+            others.append(f"{row['column']} {format_interval(row['auroc'])}")
+            continue
+        alarm = "ALARM: " if row["alarm"] else ""
+        lines.append(alarm + confounder_text(row, report))
+        lines.append(f"  {strata_text(row)}")
+    if others:
+        lines.append(f"AUROC of other columns: {', '.join(others)}")
+    left_out = [f"{name} ({reason})" for name, reason in found["left_out"].items()]
+    if left_out:
+        lines.append(f"left out: {', '.join(left_out)}")
+    return lines
+
+
+def confounder_text(row, report):
+    """Returns the AUROC of a column, and its difference to the network with its interval."""
+    network = format_number(report["metrics"]["auroc"]["value"])
+    text = f"{row['column']} alone: AUROC {format_interval(row['auroc'])}; the network {network}"
+    return f"{text}, difference {format_difference(row['difference'])}"
+
+
+def strata_text(row):
+    """Says which AUROC the network has if the column is held constant."""
+    within, name = row["within"], row["column"]
+    if within["value"] is None:
+        return (
+            f"no stratum of {name} has both classes, so no score can show whether the network "
+            f"recognises the disease or the {name}: collect other images"
+        )
+    counts = (
+        f"{within['n_used']} of {within['n_strata']} strata have both classes, "
+        f"{within['n_pairs']} of {within['n_all_pairs']} pairs of images"
+    )
+    return f"within strata of {name} ({counts}), the network has AUROC {format_interval(within)}"
+
+
 def format_difference(gain):
     """Formats a difference with its interval, and says if the interval includes 0."""
     value = format_interval({"value": gain["value"], "low": None})
@@ -290,8 +334,11 @@ def lead_sentence(report):
     if "numbers" in shortcut:
         best = shortcut["number"]
         baseline = baseline_text(f"{best} alone has", shortcut["numbers"][best])
-        text += f". Baseline: {baseline}."
-    return text
+        text += f". Baseline: {baseline}"
+    columns = (report["confounders"] or {}).get("columns")
+    if columns:
+        text += f". Strongest column: {confounder_text(columns[0], report)}"
+    return f"{text}."
 
 
 def read_as_base64(path):
