@@ -82,6 +82,7 @@ def test_the_report_has_the_scores_subgroups_and_baseline_that_were_measured(res
     novelty = report["unlike"]  # none is unlike the training images
     assert novelty["over"] <= 3 and novelty["shift"] < 0.3
     assert not novelty["elsewhere"] and not report["warnings"]
+    assert report["confounders"] == {"columns": [], "left_out": {}}
 
 
 @pytest.fixture
@@ -173,6 +174,7 @@ def test_the_check_reports_what_is_known_of_the_reference_data(xrays, tmp_path, 
     for key in ("errors", "unreadable", "same", "nearly_same", "no_patient"):
         assert report[key] == []
     assert report["patients_across"] == {}
+    assert report["confounders"] == {"columns": [], "left_out": {}}
     is_complete = layout in ("before", "after")
     assert ("These are the 400 reference images." in screen) == is_complete
     pairs = report["same_patient_pairs"]
