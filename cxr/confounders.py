@@ -14,7 +14,7 @@ import scipy.sparse
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import OneHotEncoder
 
-from cxr.bootstrap import logit_t_intervals, paired_differences
+from cxr.bootstrap import draw_scores, logit_t_intervals, paired_differences
 from cxr.errors import either
 from cxr.measurements import MANY, SUBSET, choose_subset, is_alarming, make_folds
 from cxr.patients import read_tags
@@ -160,9 +160,10 @@ def auroc_in_strata(scores, labels, strata, weights):
         return wins / pairs
 
 
-def of_rows(statistic, labels):
-    """Turns a statistic of weights (samples, N) into one of the row numbers of one sample."""
-    return lambda rows: statistic(np.bincount(rows, minlength=len(labels))[None])[0]
+def values_and_samples(statistic, labels, patients, seed):
+    """Returns the k values of a statistic for the data (k,), and those of all bootstrap samples."""
+    once = np.ones((1, len(labels)))
+    return statistic(once)[0], draw_scores(labels, patients, statistic, seed)
 
 
 def score_columns(columns, labels, patients, is_scored, classes, seed=0):
@@ -191,8 +192,12 @@ def score_columns(columns, labels, patients, is_scored, classes, seed=0):
         statistics[name] = partial(auroc_in_strata, scores, truth, fold_of[is_scored])
     rows = []
     if statistics:
-        statistic = of_rows(lambda w: np.column_stack([f(w) for f in statistics.values()]), truth)
-        intervals = logit_t_intervals(truth, scored_patients, statistic, seed)
+
+        def column_aurocs(weights):
+            return np.column_stack([auroc(weights) for auroc in statistics.values()])
+
+        both = values_and_samples(column_aurocs, truth, scored_patients, seed)
+        intervals = logit_t_intervals(*both, truth, scored_patients)
         for name, auroc in zip(statistics, intervals, strict=True):
             alarm = is_alarming(auroc["value"], truth, scored_patients)
             rows.append({"column": name, "n": len(truth), "auroc": auroc, "alarm": alarm})
@@ -266,8 +271,8 @@ def compare_with_columns(predictions, xrays, training, classes, seed):
         def difference(weights, auroc=auroc):
             return (network(weights) - auroc(weights))[:, None]
 
-        statistic = of_rows(difference, truth)
-        row["difference"] = paired_differences(truth, scored_patients, statistic, seed)[0]
+        both = values_and_samples(difference, truth, scored_patients, seed)
+        row["difference"] = paired_differences(*both)[0]
         row["within"] = score_within_strata(probs, truth, scored_patients, cells, seed)
     return found
 
@@ -293,7 +298,8 @@ def score_within_strata(probs, labels, patients, cells, seed):
         def auroc(weights):
             return auroc_in_strata(probs, labels, codes, weights)[:, None]
 
-        result = logit_t_intervals(labels, patients, of_rows(auroc, labels), seed)[0]
+        both = values_and_samples(auroc, labels, patients, seed)
+        result = logit_t_intervals(*both, labels, patients)[0]
     return result | {
         "n_strata": len(names),
         "n_used": int((n_pairs > 0).sum()),
