@@ -54,8 +54,12 @@ def damage(rng, data):
 
 
 def files(folder):
-    """Returns {relative path: content} of all files, except those a killed process left behind."""
+    """Returns {relative path: content} of all files, except those a killed process left behind.
+
+    The remembered hashes are left out, too: which of them are written depends on the time.
+    """
     paths = [path for path in Path(folder).rglob("*") if path.is_file() and path.suffix != ".tmp"]
+    paths = [path for path in paths if path.name != "hashes.json"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
@@ -132,30 +136,30 @@ class Steps:
     """
 
     def __init__(self, patch, folder, k=0, number=signal.SIGKILL):
-        self.k, self.number, self.count = k, number, 0
+        self.k, self.number, self.count, self.path = k, number, 0, ""
         steps, true_open, true_fsync, true_replace = self, builtins.open, os.fsync, os.replace
 
         class Raw(io.FileIO):
             def write(self, block):
                 half = bytes(block)[: len(block) // 2]
-                steps.step(lambda: super(Raw, self).write(half))
+                steps.step(self.name, lambda: super(Raw, self).write(half))
                 return super().write(block)
 
         def open_(path, mode="r", *args, **options):
             is_ours = str(path).startswith(str(folder)) and "opener" not in options  # of tempfile
             if not is_ours or not set(mode) & set("wax"):
                 return true_open(path, mode, *args, **options)
-            steps.step()
+            steps.step(path)
             file = io.BufferedWriter(Raw(path, mode.replace("b", "")))
             return file if "b" in mode else io.TextIOWrapper(file, **options)
 
         def fsync(file):
             if not stat.S_ISDIR(os.fstat(file).st_mode):  # syncing a folder may fail
-                steps.step()
+                steps.step(os.readlink(f"/proc/self/fd/{file}"))
             true_fsync(file)
 
         def replace(*paths):
-            steps.step()
+            steps.step(paths[0])
             true_replace(*paths)
 
         patch(builtins, "open", open_)
@@ -163,9 +167,10 @@ class Steps:
         patch(os, "fsync", fsync)
         patch(os, "replace", replace)
 
-    def step(self, before=lambda: None):
+    def step(self, path, before=lambda: None):
         self.count += 1
         if self.count == self.k:
+            self.path = str(path)  # of the file with the error
             before()
             if self.number == signal.SIGKILL:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -21,6 +21,11 @@ PARTS = {
 FAULTS = [(errno.ENOSPC, 4), (errno.EIO, 4), (errno.EACCES, 2), (signal.SIGKILL, -9)]
 
 
+def is_dispensable(path, number):
+    """Returns True if a run goes on without this file: hashes, and all of a read-only cache."""
+    return "hashes.json" in path or (number == errno.EACCES and "/cache/" in path)
+
+
 @linux
 @pytest.mark.parametrize("part", PARTS)
 def test_a_kill_or_an_error_at_any_step_of_writing_leaves_each_file_old_or_new(
@@ -53,10 +58,13 @@ def test_a_kill_or_an_error_at_any_step_of_writing_leaves_each_file_old_or_new(
             assert process.exitcode == expected, (tmp_path / "log").read_text()
         else:
             with monkeypatch.context() as patch:
-                faults.Steps(patch.setattr, home, k, number)
+                steps = faults.Steps(patch.setattr, home, k, number)
                 status, lines = run_script(script, *flags)
-            assert status == expected and len(lines) == 1, (k, status, lines)
-            assert os.strerror(number) in lines[0] and str(home) in lines[0], lines
+            if is_dispensable(steps.path, number):
+                assert (status, lines) == (0, []), (k, steps.path)
+            else:
+                assert status == expected and len(lines) == 1, (k, status, lines)
+                assert os.strerror(number) in lines[0] and str(home) in lines[0], lines
             assert not [*home.rglob("*.tmp")]
         now = files(home)
         assert all(now.get(name) in (old.get(name), new.get(name)) for name in new | now), k
