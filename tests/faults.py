@@ -64,9 +64,14 @@ def files(folder):
 
 
 def listing(folder):
-    """Returns {path: mode, target of a link, content and time} of everything below `folder`."""
+    """Returns {path: mode, target of a link, content and time} of everything below `folder`.
+
+    The remembered hashes are left out, because a run that ends with an error may write some.
+    """
     entries = {}
     for path in sorted(Path(folder).rglob("*")):
+        if path.name == "hashes.json":
+            continue
         state = path.lstat()
         entries[str(path)] = state.st_mode, os.readlink(path) if path.is_symlink() else None
         if stat.S_ISREG(state.st_mode):

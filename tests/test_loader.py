@@ -1,5 +1,6 @@
 """cxr/loader.py: worker processes, also with little shared memory."""
 
+import re
 import subprocess
 import sys
 
@@ -41,67 +42,49 @@ def test_what_workers_decode_ahead_fits_into_the_shared_memory(monkeypatch, free
     assert loader.plan_workers(FakeViews(), 1, 8, CPU) == expected
 
 
-# A training in a mount namespace of its own, whose /dev/shm is small. If `blind`, the free shared
+# Trainings in a mount namespace of their own, whose /dev/shm is small. If `blind`, the free shared
 # memory seems to be large, as if another process filled it afterwards.
+CASES = [  # megabytes, workers, blind, warning
+    (1, 2, False, "/dev/shm has only 1 MB free, so images are decoded in one process"),
+    (16, 8, False, ""),
+    (64, 2, False, ""),
+    (1, 2, True, "so images are decoded in one process"),
+]
 CODE = """
-import math, sys
+import subprocess, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import conftest, train
 import cxr.loader
-if {blind}:
-    cxr.loader.free_shared_memory = lambda: 1e12
-sys.exit(train.main(sys.argv[1:]))
+free_shared_memory = cxr.loader.free_shared_memory
+for i, (megabytes, workers, blind, _) in enumerate({cases!r}):
+    size = f"remount,size={{megabytes}}m"
+    subprocess.run(["mount", "-o", size, "/dev/shm"], check=True)
+    cxr.loader.free_shared_memory = (lambda: 1e12) if blind else free_shared_memory
+    print("case", i, file=sys.stderr)
+    flags = ["--workers", str(workers), "--checkpoint", f"{{sys.argv[1]}}/{{i}}.pth"]
+    assert train.main([*sys.argv[2:], *flags]) == 0
 """
 
 
-def run_with_shared_memory(megabytes, blind, flags):
-    code = CODE.format(root=str(ROOT), tests=str(ROOT / "tests"), blind=blind)
-    mount = f"mount -t tmpfs -o size={megabytes}m tmpfs /dev/shm"
-    command = [
-        "unshare",
-        "-rm",
-        "sh",
-        "-c",
-        f'{mount} && exec "$@"',
-        "sh",
-        sys.executable,
-        "-c",
-        code,
-    ]
-    return subprocess.run([*command, *flags], capture_output=True, text=True)
-
-
-@pytest.fixture(scope="module")
-def own_mounts():
-    """Skips a test if this user may not make a mount namespace."""
+def test_with_little_shared_memory_the_model_is_the_same(split_phantoms, run_train, tmp_path):
+    flags = [*TINY, "--views", 4, "--no-cache", "--epochs", 3]
+    flags = path_flags(split_phantoms, tmp_path, tmp_path / "cache", *flags)
+    code = CODE.format(root=str(ROOT), tests=str(ROOT / "tests"), cases=CASES)
+    mount = 'mount -t tmpfs tmpfs /dev/shm && exec "$@"'
+    own_mounts = ["unshare", "-rm", "sh", "-c", mount, "sh"]
     try:
-        mount = "mount -t tmpfs tmpfs /dev/shm"
-        subprocess.run(["unshare", "-rm", "sh", "-c", mount], check=True, capture_output=True)
+        subprocess.run([*own_mounts, "true"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"unshare cannot make a /dev/shm of another size here: {error}")
-
-
-@pytest.mark.parametrize(
-    ("megabytes", "workers", "blind", "warning"),
-    [
-        (1, 2, False, "/dev/shm has only 1 MB free, so images are decoded in one process"),
-        (16, 8, False, ""),
-        (64, 2, False, ""),
-        (1, 2, True, "so images are decoded in one process"),
-    ],
-)
-def test_a_small_shared_memory_gives_the_same_model(
-    own_mounts, split_phantoms, run_train, tmp_path, megabytes, workers, blind, warning
-):
+    command = [*own_mounts, sys.executable, "-c", code, tmp_path, *flags]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
     assert run_train("--no-cache", "--epochs", 3) == 0
     expected = (tmp_path / "model.pth").read_bytes()
-    (tmp_path / "model.pth").unlink()
-    more = [*TINY, "--views", 4, "--no-cache", "--epochs", 3, "--workers", workers]
-    flags = path_flags(split_phantoms, tmp_path, tmp_path / "cache", *more)
-    result = run_with_shared_memory(megabytes, blind, flags)
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "model.pth").read_bytes() == expected
-    assert warning in result.stderr and ("/dev/shm" in result.stderr) == bool(warning)
+    outputs = re.split(r"case \d\n", result.stderr)[1:]
+    for i, (output, (*_, warning)) in enumerate(zip(outputs, CASES, strict=True)):
+        assert (tmp_path / f"{i}.pth").read_bytes() == expected
+        assert warning in output and ("/dev/shm" in output) == bool(warning)
 
 
 def test_after_a_worker_without_shared_memory_the_rest_is_decoded_without_workers(

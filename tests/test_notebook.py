@@ -35,7 +35,7 @@ def test_evaluate_returns_the_content_of_metrics_json(home):
 def test_evaluate_returns_the_predictions_of_new_images_also_of_unreadable_ones(home):
     images = [*sorted((home / "data/test/NORMAL").iterdir())[:2], home / "bad.png"]
     put(images[-1], b"")
-    table = evaluate.evaluate([*images, *home_flags("evaluate", home, "--skip-bad")])
+    table = evaluate.evaluate([*images, *home_flags("evaluate", home)])
     rows = read_rows(home / "results" / "new_predictions.csv")
     assert table["file"].tolist() == [row["file"] for row in rows] == [str(x) for x in images]
     assert table["prediction"].tolist() == [row["prediction"] for row in rows]
