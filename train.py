@@ -13,7 +13,6 @@ import copy
 import math
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -162,22 +161,16 @@ class Standardize(nn.Module):
     def __init__(self, features):
         """features: float, also of 16 bits (N, n_views, width), of the training images."""
         super().__init__()
-        # In columns and threads: std_mean is slow, and in float32 all features might be too large.
+        # Some columns at a time: in float32, all of them might be too large for the memory.
         columns = features.flatten(0, 1).split(16, dim=1)
-        with ThreadPoolExecutor() as pool:
-            stds, means = zip(*pool.map(std_and_mean, columns), strict=True)
-        std = torch.cat(stds)
+        parts = [torch.std_mean(part.float(), dim=0, correction=0) for part in columns]
+        std, mean = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         smallest = 0.1 * std.square().mean().sqrt().item()
-        self.register_buffer("mean", torch.cat(means))
+        self.register_buffer("mean", mean)
         self.register_buffer("std", std.clamp(min=max(smallest, 1e-12)))
 
     def forward(self, x):
         return (x.float() - self.mean) / self.std
-
-
-def std_and_mean(features):
-    """Returns the standard deviation and the mean of each column, in float32."""
-    return torch.std_mean(features.float(), dim=0, correction=0)
 
 
 def fold_standardization(model):

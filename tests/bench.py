@@ -291,17 +291,22 @@ def link_part(source, folder, n_train, n_test):
     return folder
 
 
+# Runs a command, and prints its largest memory. A process that is started by a large one seems to
+# have the memory of that one, so a small Python starts it.
+MEASURE = """
+import resource, subprocess, sys
+subprocess.run([sys.executable, *sys.argv[1:]], check=True, stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
 def measure(*command):
     """Runs a script. Returns its seconds and its largest memory in MB."""
     start = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL
-    )
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"{command[0]} failed")
-    kilobyte = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
-    return time.perf_counter() - start, usage.ru_maxrss * kilobyte / 1e6
+    starter = [sys.executable, "-c", MEASURE, *map(str, command)]
+    result = subprocess.run(starter, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    unit = 1e6 if sys.platform == "darwin" else 1e3  # macOS counts bytes, Linux kilobytes
+    return time.perf_counter() - start, int(result.stdout) / unit
 
 
 def bench_growth(folder):
