@@ -283,7 +283,7 @@ def test_a_column_that_is_independent_of_the_class_rarely_raises_an_alarm(each, 
         "ten words, or empty": lambda labels: rng.choice(["", *"ABCDEFGHIJ"], len(labels)),
     }
     for kind, draw in kinds.items():
-        n_sets = fuzz.count(12, 200)
+        n_sets = fuzz.count(6, 200)
         share = share_of_alarms(n_sets, draw, 30, each)
         say(f"{kind}, independent, {each} each: alarms in {share:.1%} of {n_sets} sets")
         assert share <= (0.05 if n_sets == 200 else 0.17), kind
@@ -299,7 +299,7 @@ def test_a_column_with_an_auroc_of_0_8_raises_an_alarm(fuzz, say):
     }
     kinds["two words"] = lambda labels, draw=kinds["two words"]: np.array(["A", "B"])[draw(labels)]
     for kind, draw in kinds.items():
-        n_sets = fuzz.count(12, 200)
+        n_sets = fuzz.count(6, 200)
         share = share_of_alarms(n_sets, draw, 50, 1)
         say(f"{kind}, AUROC 0.8: alarms in {share:.1%} of {n_sets} sets")
         assert share >= (0.9 if n_sets == 200 else 0.75), kind
