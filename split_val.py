@@ -63,7 +63,7 @@ def plan_splits(data_dir, numbers, seed, classes, skip_bad=False):
         if split == "test" and "val" in numbers:
             n_stay += numbers["val"] or 1
         record, chosen = plan_split(train, split, n, seed, classes, n_stay)
-        check_patients_are_new(chosen, split, others, data_dir)
+        check_patients_are_new(train, chosen, split, others, data_dir)
         plans[split] = record, chosen
         groups = {xray.group for xray in chosen}
         train = [xray for xray in train if xray.group not in groups]
@@ -162,12 +162,14 @@ def choose_patients(xrays, limits, seed, classes):
     return chosen
 
 
-def check_patients_are_new(chosen, split, others, data_dir):
-    """Raises Failure if a patient chosen for `split` has images in a split that exists already.
+def check_patients_are_new(train, chosen, split, others, data_dir):
+    """Raises Failure if a patient of train/ or `split` has images in a split made from train/.
 
+    A split that came with the data may share patients with train/, but not with `split`.
+    train: the Xrays of train/; chosen: those that move to `split`;
     others: the Xrays of the splits that exist.
     """
-    groups = {xray.group for xray in chosen}
+    groups = {xray.group for xray in train}
     patients = {xray.patient for xray in chosen}
     made_here = [name for name in SPLIT_FILES if read_split_record(data_dir, name)]
     for xray in others:
@@ -177,7 +179,7 @@ def check_patients_are_new(chosen, split, others, data_dir):
             advice = f"put all images of this patient into train/, or all into {xray.split}/"
             if xray.split in made_here:
                 advice = f"was {METADATA} changed? Correct it, or run {UNDO_OF[xray.split]}"
-            what = f"is in {xray.split}/ ({xray.path}), and would also be in {split}/"
+            what = f"is in {xray.split}/ ({xray.path}), and would also be in train/ or {split}/"
             raise Failure(f"patient {xray.patient}: {what}; {advice}")
 
 

@@ -112,5 +112,6 @@ def threshold_rule(text):
         if 0 <= value <= 1:
             return text if text.startswith("sensitivity=") else value
     expected = "a number from 0 to 1, youden or sensitivity=0.95"
-    meant = number_meant(text.removeprefix("sensitivity="))
+    prefix = "sensitivity=" if text.startswith("sensitivity=") else ""
+    meant = number_meant(text.removeprefix(prefix)).replace("mean ", f"mean {prefix}")
     raise argparse.ArgumentTypeError(f"expected {expected}, found {text}{meant}")

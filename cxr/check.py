@@ -80,7 +80,7 @@ def list_xrays(data_dir, classes):
     splits = ["train"]
     if any(list_names(data_dir, "val", classes).values()):
         splits.append("val")
-    if (data_dir / "test").exists():
+    if any(list_names(data_dir, "test", classes).values()):
         splits.append("test")
     listed = list_splits(data_dir, splits, classes, warn_of_others=True)
     return splits, identify_all(listed, read_metadata(data_dir, classes))

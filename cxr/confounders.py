@@ -86,7 +86,7 @@ def why_left_out(name, cells, labels, is_scored, classes):
         return "it describes the disease"
     if len(set(cells[is_scored])) == 1:
         return "one value"
-    if all(cells == np.array(classes)[labels]):
+    if all(cell.casefold() == classes[i].casefold() for cell, i in zip(cells, labels, strict=True)):
         return "it names the class"
     has_numbers = any(not math.isnan(to_number(cell)) for cell in cells)
     if len(set(cells)) == len(cells) and not has_numbers:

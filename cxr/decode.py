@@ -230,12 +230,17 @@ def apply_dicom_window(values, counts, file):
 def correct_lookup_tables(file):
     """Declares 16 bits for lookup tables that pydicom 3.0 would ignore, or apply modulo 256.
 
-    It ignores modality LUTs of 9 to 15 bits, and a VOI LUT of 8 bits with more than 256 entries
-    would give a wrong picture. The numbers in the tables stay the same.
+    It ignores modality LUTs of 9 to 15 bits, and those of 8 bits with one byte for each entry. A
+    VOI LUT of 8 bits with more than 256 entries would give a wrong picture. The numbers in the
+    tables stay the same.
     """
     for name in ("ModalityLUTSequence", "VOILUTSequence"):
         for item in file.get(name) or []:
             with contextlib.suppress(Exception):  # the header is not complete
+                data = item.LUTData
+                if isinstance(data, bytes) and len(data) == item.LUTDescriptor[0]:
+                    item["LUTData"].VR, item.LUTDescriptor[2] = "OW", 16
+                    item.LUTData = np.frombuffer(data, np.uint8).astype("<u2").tobytes()
                 if item.LUTDescriptor[2] > 8 or name == "VOILUTSequence":
                     item.LUTDescriptor[2] = 16
 

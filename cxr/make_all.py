@@ -4,6 +4,13 @@ import re
 
 from cxr.errors import Failure
 
+OTHER_COMMANDS = {  # flags with which a script does something else: what to run instead
+    "--folds": "make cv",
+    "--repeats": "make cv",
+    "--undo": "make split ARGS=--undo",
+    "--check": "make check",
+    "--from": "make evaluate",
+}
 MARK = "--args-of-all"  # the Makefile writes it in front of ARGS
 
 SHARED = "--data-dir --classes --seed --skip-bad --debug"
@@ -23,8 +30,8 @@ FLAGS = {
 def own_part(argv, script):
     """Returns a command line without MARK and without the flags that only other scripts get.
 
-    argv: a list of words; those in front of MARK are kept. Raises Failure if no script knows a
-    flag behind MARK.
+    argv: a list of words; those in front of MARK are kept. Raises Failure if a flag behind MARK is
+    in OTHER_COMMANDS, or if no script knows it.
     """
     if MARK not in argv:
         return argv
@@ -33,6 +40,8 @@ def own_part(argv, script):
     for word in argv[position + 1 :]:
         if re.match("--?[a-zA-Z]", word):
             flag = word.partition("=")[0]
+            if flag in OTHER_COMMANDS:
+                raise Failure(f"ARGS: {flag} is not for make all; run {OTHER_COMMANDS[flag]}")
             if flag not in " ".join(FLAGS.values()).split():
                 raise Failure(f"ARGS: no script knows the flag {flag} (flags: SCRIPT.py --help)")
             keep = flag in FLAGS[script].split()

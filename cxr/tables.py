@@ -16,6 +16,7 @@ SYNONYMS = {
     "patient_id": ("patientid", "subjectid", "patient", "subject", "participantid"),
 }
 RSNA = "patientId"  # in RSNA's tables, this is also the name of the image
+SUFFIX = re.compile(r"\.(bmp|dcm|jpe?g|png|tiff?)$")  # of an image that may have been converted
 # What programs and people write into the cell of an unknown patient.
 UNKNOWN = ["-", "?", "#n/a", "<na>", "n/a", "na", "nan", "none", "null", "unknown"]
 
@@ -46,9 +47,15 @@ def read_table(path):
         progress(f"{path}: {words}")
     renamed = []
     for line, row in rows:
-        others = {name: row[name] for name in columns if name not in used.values()}
+        others = {name: row[name] for name in columns if not is_name_or_id(name)}
         renamed.append((line, {name: row[header] for name, header in used.items()} | others))
     return list(used), renamed
+
+
+def is_name_or_id(column):
+    """Returns True if a column holds names of images or patients. It must not become a subgroup."""
+    letters = re.sub(r"[\s_]", "", fold(column))
+    return any(letters in names for names in SYNONYMS.values())
 
 
 def find_column(path, columns, name):
@@ -165,6 +172,7 @@ def image_finder(images, classes):
             # CheXpert's folders are often written into the names: patient1_study1_view1.jpg
             key = "_".join(parts[n_left_out:])
             found = as_written.get(key) or folded().get(fold(key))
+            found = found or folded().get(SUFFIX.sub("", fold(key)))
             if found:
                 return n_left_out, found
         return 0, []

@@ -107,7 +107,7 @@ def test_in_a_notebook_an_error_begins_with_the_name_of_the_script(flags, refuse
         ("train", "--epochs", "50,0", "50"),
         ("train", "--seed", "1,234,567", "1234567"),
         ("train", "--threshold", "0,5", "0.5"),
-        ("train", "--threshold", "sensitivity=95%", "0.95"),
+        ("train", "--threshold", "sensitivity=95%", "sensitivity=0.95"),
         ("evaluate", "--prevalence", "3%", "0.03"),
         ("evaluate", "--prevalence", "0,5 %", "0.005"),
         ("evaluate", "--threshold", "70%", "0.7"),

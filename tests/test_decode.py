@@ -302,6 +302,16 @@ def test_a_lookup_table_that_inverts_is_applied(name, bits, dicom):
     assert (grey_levels == np.array(table)[NOISE12]).all()
 
 
+@pytest.mark.parametrize("name", ["ModalityLUTSequence", "VOILUTSequence"])
+def test_a_lookup_table_of_one_byte_for_each_entry_is_applied(name, dicom):
+    table = bytes(range(255, -1, -1))
+    sequence = lut(0, 8, table)
+    sequence[0]["LUTData"].VR = "OW"
+    sequence[0].LUTData = table
+    grey_levels = np.asarray(decode(dicom(NOISE8, **{name: sequence}), 224).grey)
+    assert (grey_levels == 255 - NOISE8).all()
+
+
 INVERTING = {"ModalityLUTSequence": lut(0, 16, range(4095, -1, -1))}
 INVERSE, IDENTITY = {"PresentationLUTShape": "INVERSE"}, {"PresentationLUTShape": "IDENTITY"}
 # name: (tags, whether the stored values are inverted)

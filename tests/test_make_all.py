@@ -61,6 +61,15 @@ def test_a_flag_that_no_script_knows_is_an_error_before_the_first_step(tree, cap
     assert "no script knows the flag --epoch" in line
 
 
+@pytest.mark.parametrize(
+    ("flag", "command"),
+    [("--folds=3", "make cv"), ("--undo", "make split"), ("--from", "make eval")],
+)
+def test_a_flag_for_another_command_is_an_error_before_the_first_step(tree, capsys, flag, command):
+    line = split_refused(tree, capsys, "--check-first", MARK, flag)
+    assert f"{flag.partition('=')[0]} is not for make all; run {command}" in line
+
+
 def test_the_three_steps_of_make_all_run_with_one_list_of_flags(run_script, home):
     args = [MARK, "--seeds", 2, "--threshold", "youden", "--prevalence", 0.3, "--skip-bad"]
     assert run_script("split_val", "--check-first", *args) == (0, [])

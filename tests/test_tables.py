@@ -73,6 +73,7 @@ FORMS = {  # (name of the file, name in the table)
     "as it is": ("scan_1.png", "scan_1.png"),
     "without its suffix": ("scan_1.png", "scan_1"),
     "a DICOM UID without its suffix": ("1.2.840.7.dcm", "1.2.840.7"),
+    "converted to another format": ("scan_1.png", "scan_1.dcm"),
     "in another case": ("Scan_1.PNG", "SCAN_1.png"),
     "the form of a Mac on the disk": (f"{NFD}.png", f"{NFC}.png"),
     "the form of a Mac in the table": (f"{NFC}.png", f"{NFD}.png"),

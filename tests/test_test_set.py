@@ -315,3 +315,23 @@ def test_with_skip_bad_a_broken_link_stays_with_the_other_images_of_its_patient(
     patients = patients_in(alone)
     assert not patients["train"] & patients["test"]
     assert len(list(alone.glob("*/NORMAL/*-9999.jpeg"))) == 12
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_patient_who_stays_in_train_and_is_in_test_is_named_with_every_seed(alone, capsys, seed):
+    assert run_split(alone, "--test", 8, "--per-class", 3) == 0 == run_split(alone, "--undo")
+    files = names_in(alone, "train")["NORMAL"][:1] + names_in(alone, "test")["NORMAL"][:1]
+    rows = [f"{file},Meier" for file in files]
+    (alone / "metadata.csv").write_text("\n".join(["file_name,patient_id", *rows]))
+    before = snapshot(alone)
+    assert run_split(alone, "--per-class", 3, "--seed", seed) == 2
+    assert "patient Meier: is in test/" in capsys.readouterr().err.splitlines()[-1]
+    assert snapshot(alone) == before
+
+
+def test_the_check_takes_empty_folders_of_test_for_no_test(data, capsys):
+    shutil.rmtree(data / "test")
+    for name in CLASSES:
+        (data / "test" / name).mkdir(parents=True)
+    assert run_split(data, "--check") == 0
+    assert "there is no test/" in capsys.readouterr().out
