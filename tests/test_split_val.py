@@ -271,7 +271,7 @@ def campaign(request, fuzz, tmp_path):
     With --fuzz, it has as many images as the real data.
     """
     if request.param == "val":
-        n, undos = fuzz.count(1, 50), [["--undo"]]
+        n, undos = fuzz.count(2, 50), [["--undo"]]
         start, flags = make_tree(tmp_path / "start", 3 * n, 2), ["--per-class", n]
     else:
         n, undos = fuzz.count(1, 50), [["--undo"], ["--undo", "test"]]
