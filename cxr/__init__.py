@@ -10,6 +10,7 @@ proportions  confidence intervals of proportions (accuracy, sensitivity, ...)
 files        reads and writes files; each is complete, the old or the new version
 make_all     gives each script its part of the ARGS of `make all`
 bootstrap    confidence intervals of other scores (AUROC, F1, ...): a bootstrap of patients
+weighted     AUROC and average precision of bootstrap samples
 loader       worker processes that decode images
 calibration  Platt scaling and the threshold, fitted on val/; logistic regression
 copies       finds altered copies of an image among many

@@ -2,7 +2,7 @@
 
 A bootstrap sample is a row of weights: how often the sample contains each image. A *statistic* is a
 function that takes the weights of many samples, float64 (samples, images), and returns k scores of
-each sample, float64 (samples, k). cxr/scores.py has scores with weights, such as weighted_auroc.
+each sample, float64 (samples, k). cxr/weighted.py has such scores, for example weighted_auroc.
 draw_scores computes a statistic of all samples; the functions below it compute intervals of these.
 """
 

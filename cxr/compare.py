@@ -8,7 +8,8 @@ from scipy.stats import binomtest, permutation_test
 from cxr.bootstrap import draw_scores, paired_differences
 from cxr.errors import Failure
 from cxr.predictions import as_arrays
-from cxr.scores import measure_scores, score, scores_of_sums, summed_columns, weighted_auroc
+from cxr.scores import measure_scores, score, scores_of_sums, summed_columns
+from cxr.weighted import weighted_auroc
 
 COMPARED = ("accuracy", "f1", "auroc")
 

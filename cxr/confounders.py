@@ -16,10 +16,11 @@ from sklearn.preprocessing import OneHotEncoder
 
 from cxr.bootstrap import draw_scores, logit_t_intervals, paired_differences
 from cxr.errors import either
-from cxr.measurements import MANY, SUBSET, choose_subset, is_alarming, make_folds
+from cxr.measurements import MANY, choose_subset, is_alarming, make_folds, thin_out
 from cxr.patients import read_tags
 from cxr.predictions import as_arrays, as_number
 from cxr.proportions import format_interval
+from cxr.weighted import weighted_auroc
 
 DICOM_COLUMNS = {  # name of the column: DICOM tags
     "manufacturer": ("Manufacturer",),
@@ -137,29 +138,6 @@ def score_column(cells, labels, folds):
     return scores
 
 
-def auroc_in_strata(scores, labels, strata, weights):
-    """Computes the AUROC of bootstrap samples from the pairs of images in the same stratum.
-
-    scores: (N,); labels: int (N,); strata: (N,), any names; weights: float (samples, N), how often
-    a sample contains each image. Returns float (samples,), nan for a sample without such a pair.
-    """
-    wins = pairs = 0
-    for stratum in np.unique(strata):
-        positive = np.flatnonzero((strata == stratum) & (labels == 1))
-        negative = np.flatnonzero((strata == stratum) & (labels == 0))
-        negative = negative[np.argsort(scores[negative])]
-        below = np.zeros((len(weights), len(negative) + 1))
-        below[:, 1:] = weights[:, negative].cumsum(1)
-        # A tie is half a win: the mean of the negative images below, and of those not above.
-        lower = np.searchsorted(scores[negative], scores[positive], "left")
-        not_higher = np.searchsorted(scores[negative], scores[positive], "right")
-        won = (below[:, lower] + below[:, not_higher]) / 2
-        wins = wins + (weights[:, positive] * won).sum(1)
-        pairs = pairs + weights[:, positive].sum(1) * below[:, -1]
-    with np.errstate(invalid="ignore"):
-        return wins / pairs
-
-
 def values_and_samples(statistic, labels, patients, seed):
     """Returns the k values of a statistic for the data (k,), and those of all bootstrap samples."""
     once = np.ones((1, len(labels)))
@@ -189,7 +167,7 @@ def score_columns(columns, labels, patients, is_scored, classes, seed=0):
         scores = score_column(cells, labels, folds)[is_scored]
         # Only pairs of the same fold count: each fold has its own regression, and its images would
         # lie too low or too high among those of the others (Airola et al. 2011).
-        statistics[name] = partial(auroc_in_strata, scores, truth, fold_of[is_scored])
+        statistics[name] = partial(weighted_auroc, scores, truth, strata=fold_of[is_scored])
     rows = []
     if statistics:
 
@@ -255,15 +233,14 @@ def compare_with_columns(predictions, xrays, training, classes, seed):
     has `difference` (the network's AUROC minus that of the column) and `within` (the network's
     AUROC within strata of equal values).
     """
-    step = max(1, math.ceil(len(training) / SUBSET))
-    others = training[::step]
+    others = thin_out(training)
     columns = read_columns([*xrays, *others])
     probs, truth, scored_patients = as_arrays(predictions)
     labels = np.array([*truth, *(xray.label for xray in others)])
     patients = np.array([*scored_patients, *(xray.patient or str(xray.path) for xray in others)])
     is_scored = np.arange(len(labels)) < len(xrays)
     found, statistics = score_columns(columns, labels, patients, is_scored, classes, seed)
-    network = partial(auroc_in_strata, probs, truth, np.zeros(len(truth)))
+    network = partial(weighted_auroc, probs, truth)
     shown = [row for i, row in enumerate(found["columns"]) if i == 0 or row["alarm"]]
     for row in shown:
         auroc, cells = statistics[row["column"]], np.array(columns[row["column"]])[is_scored]
@@ -296,7 +273,7 @@ def score_within_strata(probs, labels, patients, cells, seed):
         probs, labels, patients, codes = probs[rows], labels[rows], patients[rows], codes[rows]
 
         def auroc(weights):
-            return auroc_in_strata(probs, labels, codes, weights)[:, None]
+            return weighted_auroc(probs, labels, weights, codes)[:, None]
 
         both = values_and_samples(auroc, labels, patients, seed)
         result = logit_t_intervals(*both, labels, patients)[0]

@@ -5,6 +5,7 @@ this number (a shortcut). If it separates the test images from the others of the
 from another source (a shift). For split_val.py --check, and for the baselines of cxr/shortcuts.py.
 """
 
+import math
 import os
 from collections import Counter
 
@@ -179,6 +180,11 @@ def find_properties(examined):
             advice = "The network could learn how files were made. Convert all to one kind"
             warnings.append(f"shortcut: {images}. {advice}")
     return entries, [], warnings
+
+
+def thin_out(items):
+    """Returns every n-th item of a list: as many as possible, but at most SUBSET."""
+    return items[:: max(1, math.ceil(len(items) / SUBSET))]
 
 
 def choose_subset(examined, scored_on):

@@ -17,6 +17,7 @@ from cxr.calibration import fit_logistic
 from cxr.errors import Failure
 from cxr.predictions import as_arrays, metadata_columns
 from cxr.proportions import FEW_PATIENTS, format_interval, wald_interval, wilson_interval
+from cxr.weighted import weighted_auroc, weighted_average_precision
 
 SCORES = (
     "accuracy", "f1", "auroc", "average_precision", "sensitivity", "specificity", "ppv", "npv",
@@ -206,49 +207,6 @@ def aurocs(scores, labels):
     # The AUROC is the statistic U of Mann and Whitney, divided by the number of pairs.
     rank_sums = rankdata(scores, axis=1)[:, labels == 1].sum(1)
     return (rank_sums - n_positive * (n_positive + 1) / 2) / n_pairs
-
-
-def weighted_auroc(scores, labels, weights):
-    """Computes the AUROC of bootstrap samples, float64 (samples,).
-
-    scores: (N,), higher for positive images; labels: int (N,), 0 or 1; weights: float64 (samples,
-    N), how often a sample contains each image.
-    """
-    positive = np.flatnonzero(labels == 1)
-    negative_scores, weight_below = cumulate(scores, weights, np.flatnonzero(labels == 0))
-    n_lower = np.searchsorted(negative_scores, scores[positive], "left")  # for each positive image
-    n_not_higher = np.searchsorted(negative_scores, scores[positive], "right")
-    # A positive image wins against each negative image with a lower score; a tie is half a win.
-    wins = weight_below.take(n_lower, axis=1) + weight_below.take(n_not_higher, axis=1)
-    positive_weights = weights.take(positive, axis=1)
-    n_pairs = positive_weights.sum(1) * weight_below[:, -1]
-    return np.einsum("sn,sn->s", positive_weights, wins) / (2 * n_pairs)
-
-
-def weighted_average_precision(scores, labels, weights):
-    """Computes the average precision of bootstrap samples; arguments as for weighted_auroc."""
-    positive = np.flatnonzero(labels == 1)
-    # Each score of a positive image is a threshold. Images with this or a higher score are found.
-    found = []
-    for rows in (positive, np.flatnonzero(labels == 0)):
-        sorted_scores, weight_before = cumulate(-scores, weights, rows)
-        n_found = np.searchsorted(sorted_scores, -scores[positive], "right")
-        found.append(weight_before.take(n_found, axis=1))
-    true, false = found
-    precision = true / np.maximum(true + false, 1)  # the weight is 0 if nothing is found
-    positive_weights = weights.take(positive, axis=1)
-    return np.einsum("sn,sn->s", positive_weights, precision) / positive_weights.sum(1)
-
-
-def cumulate(scores, weights, rows):
-    """Sorts the images of these rows by their scores.
-
-    Returns (sorted scores (n,), the total weight of the images before each place (samples, n + 1)).
-    """
-    order = rows[np.argsort(scores[rows])]
-    totals = np.zeros((len(weights), len(order) + 1))
-    np.cumsum(weights.take(order, axis=1), axis=1, out=totals[:, 1:])
-    return scores[order], totals
 
 
 def summed_columns(probs, labels, threshold):

@@ -3,7 +3,6 @@
 If such a number is as good as the network, the network may have learned no more than this number.
 """
 
-import math
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,11 +11,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from cxr.bootstrap import draw_scores, paired_differences
-from cxr.measurements import image_numbers
+from cxr.measurements import image_numbers, thin_out
 from cxr.predictions import as_arrays
-from cxr.scores import aurocs, weighted_auroc
-
-MAX_IMAGES = 2000  # training images that are read for the baselines; milliseconds each
+from cxr.scores import aurocs
+from cxr.weighted import weighted_auroc
 
 
 def read_image_numbers(xrays, size):
@@ -45,8 +43,7 @@ def single_number_baselines(predictions, xrays, training, reason, size, seed):
     predictions: the table of `xrays`; training: Xrays of train/ and val/; reason: why `training`
     is empty. Returns {"none": reason} if there is nothing to compare with.
     """
-    step = max(1, math.ceil(len(training) / MAX_IMAGES))
-    names, train_numbers, train_labels = read_image_numbers(training[::step], size)
+    names, train_numbers, train_labels = read_image_numbers(thin_out(training), size)
     _, test_numbers, test_labels = read_image_numbers(xrays, size)
     if len(set(train_labels)) < 2 or len(test_labels) < len(xrays):
         return {"none": reason or "an image cannot be read any more"}

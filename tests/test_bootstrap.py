@@ -13,15 +13,8 @@ from simulated import by_scikit_learn, simulate, table_of
 import cxr.bootstrap
 from cxr.bootstrap import draw_scores, paired_differences
 from cxr.predictions import as_arrays
-from cxr.scores import (
-    BCA_INTERVAL,
-    T_INTERVAL,
-    aurocs,
-    measure_scores,
-    score,
-    weighted_auroc,
-    weighted_average_precision,
-)
+from cxr.scores import BCA_INTERVAL, T_INTERVAL, aurocs, measure_scores, score
+from cxr.weighted import weighted_auroc, weighted_average_precision
 
 DESIGNS = [(40, 40, 1), (60, 15, 1), (30, 30, 3)]  # patients of each class, images per patient
 

@@ -10,9 +10,10 @@ from phantoms import draw_phantom
 from scipy.special import ndtri
 from sklearn.metrics import roc_auc_score
 
-from cxr.confounders import auroc_in_strata, score_columns, to_number
+from cxr.confounders import score_columns, to_number
 from cxr.files import read_json
 from cxr.folders import CLASSES
+from cxr.weighted import weighted_auroc
 
 
 def write_columns(data, columns):
@@ -227,7 +228,7 @@ def test_the_auroc_in_strata_is_that_of_scikit_learn_in_each_stratum():
     rng = np.random.default_rng(0)
     scores, labels = rng.integers(9, size=60) / 8, rng.integers(2, size=60)
     strata, weights = rng.integers(3, size=60), rng.integers(4, size=(5, 60))
-    found = auroc_in_strata(scores, labels, strata, weights)
+    found = weighted_auroc(scores, labels, weights, strata)
     for sample, auroc in zip(weights, found, strict=True):
         rows = np.repeat(np.arange(60), sample)
         wins = n_pairs = 0
@@ -237,7 +238,7 @@ def test_the_auroc_in_strata_is_that_of_scikit_learn_in_each_stratum():
             wins += n * roc_auc_score(labels[inside], scores[inside])
             n_pairs += n
         assert auroc == pytest.approx(wins / n_pairs)
-    assert np.isnan(auroc_in_strata(scores, labels, labels, weights)).all()
+    assert np.isnan(weighted_auroc(scores, labels, weights, labels)).all()
 
 
 def test_numbers_count_with_their_rank_and_dicom_ages_in_years():

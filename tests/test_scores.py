@@ -19,9 +19,8 @@ from cxr.scores import (
     score,
     scores_of_sums,
     summed_columns,
-    weighted_auroc,
-    weighted_average_precision,
 )
+from cxr.weighted import weighted_auroc, weighted_average_precision
 
 
 def score_vectors():
