@@ -14,13 +14,14 @@ RECENT = 2_000_000_000  # nanoseconds; some file systems do not see two changes 
 class Hashes:
     """Computes the SHA-256 of files, and remembers it in `folder`/hashes.json.
 
-    A file with the same path, size and time of change counts as unchanged. If folder is None,
-    nothing is remembered: a split must not trust the times of files.
+    A file with the same path, size, time of its content and time of its entry (ctime) counts as
+    unchanged. Exchanging the names of two files changes their ctime. If folder is None, nothing is
+    remembered: a split must not trust the times of files.
     """
 
     def __init__(self, folder):
         self.path = folder and Path(folder, "hashes.json").absolute()
-        self.known, self.new = {}, {}  # {path: "size time hash"}
+        self.known, self.new = {}, {}  # {path: "size times hash"}
         with contextlib.suppress(Failure, OSError):  # a damaged file is written again
             self.known = (folder and read_json(self.path)) or {}
 
@@ -31,9 +32,9 @@ class Hashes:
         except OSError:
             return hash_file(path)
         name = os.fsdecode(os.path.abspath(path))
-        unchanged = f"{status.st_size} {status.st_mtime_ns}"
-        size_and_time, _, sha256 = self.known.get(name, "").rpartition(" ")
-        if size_and_time == unchanged:
+        unchanged = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+        size_and_times, _, sha256 = self.known.get(name, "").rpartition(" ")
+        if size_and_times == unchanged:
             return sha256
         sha256 = hash_file(path)
         if sha256 and time.time_ns() - status.st_mtime_ns > RECENT:

@@ -68,6 +68,21 @@ def test_a_changed_file_of_the_same_size_has_another_hash(tmp_path):
     assert Hashes(tmp_path).hash(path) == hash_file(path)
 
 
+def test_two_files_of_one_size_and_time_may_exchange_their_names(tmp_path):
+    a, b, between = (tmp_path / name for name in ("a.dcm", "b.dcm", "c.dcm"))
+    put(a, b"one")
+    put(b, b"two")
+    for path in (a, b):
+        os.utime(path, ns=(10**18, 10**18))
+    hashes = Hashes(tmp_path)
+    assert hashes.hash(a) != hashes.hash(b)
+    hashes.save()
+    for old, new in ((a, between), (b, a), (between, b)):
+        old.rename(new)
+    hashes = Hashes(tmp_path)
+    assert (hashes.hash(a), hashes.hash(b)) == (hash_file(a), hash_file(b))
+
+
 def test_a_check_does_not_trust_the_time_of_a_file(data, flags, capsys):
     normal, pneumonia = (next((data / "train" / name).iterdir()) for name in CLASSES)
     size = max(len(path.read_bytes()) for path in (normal, pneumonia))
