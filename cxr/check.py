@@ -127,11 +127,8 @@ def examine(data_dir, size, classes):
         report["warnings"].append(f"{message}, run split_val.py --test 50 (make all TEST=50)")
     checks = (find_same, find_nearly_same, find_negatives, find_shared_patients, find_properties)
     options = {"scored_on": splits[-1], "classes": classes}
-    shortcuts, confounders = (
-        partial(find_shortcuts, **options),
-        partial(find_confounders, **options),
-    )
-    for find in (*checks, find_unusual, shortcuts, confounders):
+    separations = [partial(find, **options) for find in (find_shortcuts, find_confounders)]
+    for find in (*checks, find_unusual, *separations):
         entries, errors, warnings = find(examined)
         report |= entries
         report["errors"] += errors
