@@ -182,6 +182,24 @@ def test_features_do_not_depend_on_the_other_images_of_the_batch(backbone, image
     assert torch.equal(first[:, 0], together[:, 0])
 
 
+@pytest.mark.parametrize("n_views", [1, 3, 9])
+def test_all_batches_have_the_same_shape(backbone, images, monkeypatch, n_views):
+    shapes, prepare_network = set(), common.prepare_network
+
+    def prepare_recording_network(*args):
+        network = prepare_network(*args)
+
+        def forward(x):
+            shapes.add(tuple(x.shape))
+            return network(x)
+
+        return forward
+
+    monkeypatch.setattr(common, "prepare_network", prepare_recording_network)
+    extract(backbone, images[:5], n_views)
+    assert shapes == {(4, 3, 224, 224)}
+
+
 def test_features_in_bfloat16_are_close_to_float32(images):
     backbone = common.build_backbone("resnet18")
     exact, *_ = extract(backbone, images[:4], 2)
