@@ -184,8 +184,9 @@ def on_sighup(*_):
 def on_sigterm(*_):
     """Raises Terminated. This is the signal handler for SIGTERM."""
     if hasattr(signal, "SIGCHLD"):
-        # torch's own handler would raise an error when its workers end by SIGTERM as well.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        # torch's own handler would raise an error when its workers end by SIGTERM as well. SIG_DFL
+        # instead of a function would print a traceback if a worker has ended already.
+        signal.signal(signal.SIGCHLD, lambda *_: None)
     raise Terminated
 
 

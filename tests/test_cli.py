@@ -165,6 +165,22 @@ def send_signal(start, home, tmp_path, fuzz):
     return call
 
 
+@linux
+def test_a_worker_that_ends_at_the_same_time_as_the_run_adds_no_line():
+    """SIGTERM ends the workers too, so that SIGCHLD and SIGTERM can arrive together."""
+    code = "import argparse, signal\nfrom cxr import cli\n"
+    code += "def command(_):\n"
+    code += "    signal.signal(signal.SIGCHLD, lambda *_: None)\n"  # as torch does
+    code += "    both = [signal.SIGTERM, signal.SIGCHLD]\n"
+    code += "    signal.pthread_sigmask(signal.SIG_BLOCK, both)\n"
+    code += "    for number in both: signal.raise_signal(number)\n"
+    code += "    signal.pthread_sigmask(signal.SIG_UNBLOCK, both)\n"
+    code += "args = argparse.Namespace(debug=False)\n"
+    code += "sys.exit(cli.run(command, lambda _: args, [], 'train.py'))"
+    status, _, error = run_python(code)
+    assert (status, len(error.splitlines())) == (143, 1), error
+
+
 SIGNALS = SIGINT, SIGTERM, SIGHUP
 CODES = {SIGKILL: -9, SIGINT: 130, SIGTERM: 143, SIGHUP: 143}
 STOPS = [(name, "in the pass", n) for name in ("train", "evaluate") for n in (*SIGNALS, SIGKILL)]
