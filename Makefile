@@ -1,7 +1,7 @@
 # Nothing needs activating: every target makes the environment it needs. GNU Make 3.81 is enough.
 PYTHON ?= python3
 PY := .venv/bin/python
-VARIABLES := DATA CLASSES RUN MODEL RESULTS PER_CLASS TEST LINK_FROM EPOCHS BATCH_SIZE LR PATIENCE VIEWS WINDOW SEED DEVICE FEATURE_BATCH_SIZE ARCH WEIGHTS WORKERS GPUS IMAGES ARGS PYTHON
+VARIABLES := DATA CLASSES RUN MODEL RESULTS PER_CLASS TEST LINK_FROM EPOCHS BATCH_SIZE LR PATIENCE VIEWS WINDOW UNFREEZE SEED DEVICE FEATURE_BATCH_SIZE ARCH WEIGHTS WORKERS GPUS IMAGES ARGS PYTHON
 
 # a typo in a variable's name must not be ignored
 given := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$v))
@@ -18,7 +18,7 @@ split_flags = $(data_flags)$(call flag,per-class,PER_CLASS)$(call flag,test,TEST
 machine_flags = $(call flag,device,DEVICE)$(call flag,feature-batch-size,FEATURE_BATCH_SIZE)$(call flag,workers,WORKERS)
 run_flags = $(data_flags)$(call flag,checkpoint,MODEL)$(call flag,results-dir,RESULTS)$(machine_flags)
 loop_flags = $(call flag,epochs,EPOCHS)$(call flag,batch-size,BATCH_SIZE)$(call flag,lr,LR)$(call flag,patience,PATIENCE)
-variant_flags = $(call flag,views,VIEWS)$(call flag,window,WINDOW)$(call flag,arch,ARCH)$(call flag,weights,WEIGHTS)
+variant_flags = $(call flag,views,VIEWS)$(call flag,window,WINDOW)$(call flag,arch,ARCH)$(call flag,weights,WEIGHTS)$(call flag,unfreeze,UNFREEZE)
 train_flags = $(run_flags)$(loop_flags)$(variant_flags)
 args = $(if $(ARGS), $(ARGS))
 # in make all, each script leaves out the flags that only other scripts know
@@ -43,6 +43,7 @@ help:  ## this page
 #=   LINK_FROM                      images elsewhere that are only read, linked into DATA
 #=   EPOCHS LR PATIENCE BATCH_SIZE  training
 #=   VIEWS WINDOW ARCH WEIGHTS      variants and window of an image; network; imagenet, random or a file
+#=   UNFREEZE                       also train this module and all that follow it: UNFREEZE=layer4
 #=   SEED DEVICE WORKERS GPUS       seed; cpu, cuda, mps; decoding processes; GPUS=4 shares the pass
 #=   FEATURE_BATCH_SIZE             views per batch in the frozen network
 #=   IMAGES ARGS PYTHON             for predict; further flags (in all: of any script); makes .venv

@@ -45,6 +45,7 @@ from cxr.errors import (
     show_progress,
     warn,
 )
+from cxr.finetune import describe_size
 from cxr.loader import load_batches
 from cxr.machine import count_cores
 
@@ -256,10 +257,14 @@ def normalize_for(arch):
     return v2.Compose([*NORMALIZE.transforms[:-1], v2.Normalize(preset.mean, preset.std)])
 
 
-def prepare_network(network, device, dtype, compiled):
-    """Returns a fast copy of the network: BatchNorm folded into the convolutions, channels_last."""
-    with contextlib.suppress(Exception):  # a network that fx cannot trace keeps its BatchNorm
-        network = fuse(network)
+def prepare_network(network, device, dtype, compiled, fused=True):
+    """Returns a fast copy of the network in channels_last.
+
+    fused: folds BatchNorm into the convolutions.
+    """
+    if fused:
+        with contextlib.suppress(Exception):  # a network that fx cannot trace keeps its BatchNorm
+            network = fuse(network)
     network = copy.deepcopy(network).to(device, dtype, memory_format=torch.channels_last)
     if compiled:
         network = torch.compile(network, options={"freezing": True})
@@ -346,6 +351,28 @@ def extract_features(backbone, xrays, args, *, n_views, window, device, dtype, c
     return features[: len(kept)], [xrays[row] for row in kept], unreadable
 
 
+def extract_activations(backbone, part, xrays, args, *, n_views, device, dtype):
+    """Computes the activations of the first views of each image. They are not cached.
+
+    part: the FrozenPart of the network. Returns (N, n_views, ...) in `dtype` on the CPU. Raises
+    Failure if an image cannot be read.
+    """
+    with torch.inference_mode():
+        shape = (len(xrays), n_views, *part(torch.zeros(1, 3, SIZE, SIZE)).shape[1:])
+    progress(f"Activations: {describe_size(shape, dtype)}")
+    activations = allocate(shape, dtype, args.cache_dir)
+    batch_size = args.feature_batch_size or BATCH_SIZES[device.type]
+    views = Views(xrays, n_views, args.window)
+    options = (batch_size, args.workers, device, dtype)
+    # A fused network is traced, and then the hook at the cut is not called.
+    cut = backbone._replace(network=part)
+    for i, values, reason in run_network(cut, views, *options, fused=False, title="Activations"):
+        if reason:
+            raise Failure(f"{xrays[i].path}: {reason}")
+        activations[i] = values
+    return activations
+
+
 def cache_key(backbone, window, dtype, compiled, batch_size):
     """Returns a hash of all that the features depend on, except the image."""
     digest = hashlib.sha256()
@@ -366,22 +393,33 @@ def cache_key(backbone, window, dtype, compiled, batch_size):
 
 
 @torch.inference_mode()
-def run_network(backbone, views, batch_size, workers, device, dtype, compiled):
+def run_network(
+    backbone,
+    views,
+    batch_size,
+    workers,
+    device,
+    dtype,
+    compiled=False,
+    fused=True,
+    title="Features",
+):
     """Yields (i, features (n_views, width) in `dtype` on the CPU, reason) for each item of `views`.
 
-    batch_size: views per batch; workers: of --workers. reason: why the image could not be read, ""
-    if it could. Raises Failure if the device or a worker process fails.
+    batch_size: views per batch; workers: of --workers; compiled, fused: see prepare_network; title:
+    what is computed. reason: why the image could not be read, "" if it could. Raises Failure if the
+    device or a worker process fails.
     """
     if len(views) == 0:
         return
     total = len(views) * views.n_views
-    bar, start = show_progress("Features", total, " views"), time.perf_counter()
+    bar, start = show_progress(title, total, " views"), time.perf_counter()
     # Beside a GPU, this process only handles small tensors. With several threads, those that are
     # idle would take the cores from the worker processes.
     threads = contextlib.nullcontext() if device.type == "cpu" else one_thread()
     try:
         with threads:
-            network = prepare_network(backbone.network, device, dtype, compiled)
+            network = prepare_network(backbone.network, device, dtype, compiled, fused)
             images_per_batch = max(1, batch_size // views.n_views)
             batches = load_batches(views, images_per_batch, workers, device)
             computed = compute_batches(
@@ -400,12 +438,12 @@ def run_network(backbone, views, batch_size, workers, device, dtype, compiled):
             "use a smaller --feature-batch-size (make: FEATURE_BATCH_SIZE=8), --workers 0 (make: "
             "WORKERS=0) or --device cpu (make: DEVICE=cpu)"
         )
-        raise Failure(f"computing features failed ({reason}); {advice}", 4) from error
+        raise Failure(f"computing {title.lower()} failed ({reason}); {advice}", 4) from error
     finally:
         bar.close()
     seconds = time.perf_counter() - start
     speed = f"{total / seconds:.0f} views per second ({str(dtype).removeprefix('torch.')})"
-    progress(f"Features: computed {len(views)} images, {total} views in {seconds:.1f} s, {speed}")
+    progress(f"{title}: computed {len(views)} images, {total} views in {seconds:.1f} s, {speed}")
 
 
 def compute_batches(network, normalize, batches, batch_size, device, dtype):

@@ -1,5 +1,7 @@
 """Trains one output neuron on the features of a frozen network that was pretrained on ImageNet.
 
+With --unfreeze, the last part of the network is trained as well.
+
 Reads DIR/{train,val}/{NORMAL,PNEUMONIA}/ (split_val.py makes val/). Writes model.pth, model.json,
 and into results/ history.csv, curves.png and samples.png. With --folds it cross-validates instead,
 and writes cv.json, doubtful_labels.csv and doubtful_labels.png.
@@ -7,6 +9,7 @@ and writes cv.json, doubtful_labels.csv and doubtful_labels.png.
     python train.py
     python train.py --epochs 100 --lr 3e-4 --seeds 10
     python train.py --folds 5 --repeats 5
+    python train.py --unfreeze layer4
 """
 
 import copy
@@ -29,8 +32,17 @@ from cxr.calibration import calibrate, fit_threshold, threshold_rule
 from cxr.checkpoint import load_weights, save_checkpoint
 from cxr.cli import Parser, add_flags, add_network_flags, call, number, run
 from cxr.curves import choose_samples, draw_curves, draw_samples, write_history
-from cxr.errors import INTERRUPTED, Failure, as_typed, interrupt_exit_code, progress, warn
+from cxr.errors import (
+    INTERRUPTED,
+    Failure,
+    as_typed,
+    interrupt_exit_code,
+    progress,
+    rank_and_world,
+    warn,
+)
 from cxr.files import check_writable, versions, write_json
+from cxr.finetune import FrozenPart, Tail, check_cut, copy_tail, join_parts, make_optimizer
 from cxr.folders import SPLIT_FILES, check_split_classes
 from cxr.novelty import describe_features
 from cxr.patients import choose_hash_dir, count_patients, read_split
@@ -41,7 +53,10 @@ from cxr.proportions import accuracy_intervals, few_patients_warnings, format_in
 
 
 class HeadData(NamedTuple):
-    """Features and labels to train a head. Label 1 is the positive class."""
+    """Features and labels to train a head. Label 1 is the positive class.
+
+    To train a tail, the features are activations: (channels, height, width) instead of (width).
+    """
 
     train_features: torch.Tensor  # (N, n_views, width), float32 or the fast dtype of the device
     train_labels: torch.Tensor  # float32 (N,)
@@ -52,6 +67,7 @@ class HeadData(NamedTuple):
 class TrainedHead(NamedTuple):
     """A head at its best epoch, or the mean of several heads."""
 
+    tail: nn.Module | None  # before the head: the trained Tail, None if the network is frozen
     head: nn.Linear  # on features that are not standardised
     epoch: int
     val_loss: float
@@ -63,28 +79,43 @@ class TrainedHead(NamedTuple):
 def train_head(data, args, seed, log=progress):
     """Trains one output neuron on features. Returns the TrainedHead of the best epoch.
 
-    log: called with each line of output. After Ctrl-C or SIGTERM, the best epoch so far counts.
-    Raises Failure (exit code 3) if the loss is not finite.
+    log: called with each line of output. Raises as train_epochs does.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         width = data.train_features.shape[2]
         model = nn.Sequential(Standardize(data.train_features), nn.Linear(width, 1))
-    rng = torch.Generator().manual_seed(seed)
-    criterion = balanced_criterion(data.train_labels)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     # Halves the learning rate if the val loss has not improved by 0.01 % for three epochs.
     scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=2)
+    advice = f"use a smaller --lr (make: LR={args.lr / 10:g})"
+    limits = {"n_epochs": args.epochs, "patience": args.patience, "batch_size": args.batch_size}
+    best = train_epochs(model, data, optimizer, scheduler, seed, log, advice, **limits)
+    head = fold_standardization(best.tail, best.head)
+    return best._replace(tail=None, head=head)
 
+
+def train_epochs(
+    model, data, optimizer, scheduler, seed, log, advice, *, n_epochs, patience, batch_size
+):
+    """Trains a model. Returns a TrainedHead with a copy of the two parts of the best epoch.
+
+    model: nn.Sequential of two parts, Standardize or a Tail, then the head; scheduler: steps after
+    each epoch, or None. After Ctrl-C or SIGTERM, the best epoch so far counts. Raises Failure (exit
+    code 3) with the advice if the loss is not finite.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    criterion = balanced_criterion(data.train_labels)
     best_val_loss, best, history = math.inf, None, []
     try:
-        for epoch in range(1, args.epochs + 1):
+        for epoch in range(1, n_epochs + 1):
             lr = optimizer.param_groups[0]["lr"]
             train_loss, train_accuracy = train_one_epoch(
-                model, data, criterion, optimizer, args.batch_size, rng
+                model, data, criterion, optimizer, batch_size, rng
             )
             val_loss, val_accuracy = validate(model, data, criterion)
-            scheduler.step(val_loss)
+            if scheduler:
+                scheduler.step(val_loss)
 
             history.append(
                 {
@@ -97,20 +128,18 @@ def train_head(data, args, seed, log=progress):
                 }
             )
             log(
-                f"Epoch [{epoch}/{args.epochs}], "
+                f"Epoch [{epoch}/{n_epochs}], "
                 f"Train Loss: {train_loss:.4f}, Train Acc: {train_accuracy:.4f}, "
                 f"Val Loss: {val_loss:.4f}, Val Acc: {val_accuracy:.4f}, LR: {lr:.1e}"
             )
             if not math.isfinite(train_loss + val_loss):
-                advice = f"use a smaller --lr (make: LR={args.lr / 10:g})"
                 raise Failure(f"epoch {epoch}: the loss is not finite; {advice}", 3)
 
             improved = val_loss < best_val_loss
             if improved:
                 best_val_loss = val_loss
-                head = fold_standardization(model)
-                best = TrainedHead(head, epoch, val_loss, val_accuracy, history)
-            elif args.patience and epoch - best.epoch >= args.patience:
+                best = TrainedHead(*copy.deepcopy(model), epoch, val_loss, val_accuracy, history)
+            elif patience and epoch - best.epoch >= patience:
                 log("Early stopping triggered")
                 break
     except KeyboardInterrupt as interrupt:
@@ -173,9 +202,8 @@ class Standardize(nn.Module):
         return (x.float() - self.mean) / self.std
 
 
-def fold_standardization(model):
-    """Returns one nn.Linear that computes the same as the model (Standardize + nn.Linear)."""
-    standardize, linear = model
+def fold_standardization(standardize, linear):
+    """Returns one nn.Linear that computes the same as Standardize and then an nn.Linear."""
     with torch.no_grad():
         head = copy.deepcopy(linear)
         head.weight /= standardize.std
@@ -223,6 +251,104 @@ def mean_head(heads, data):
     return heads[0]._replace(head=mean, val_loss=val_loss, val_accuracy=val_accuracy)
 
 
+# ---------------------------------------------------------------- fine-tuning
+
+
+class Result(NamedTuple):
+    """A network with a trained head: what is saved."""
+
+    backbone: common.Backbone
+    data: HeadData  # the features of this network; after fine-tuning, of view 0 only
+    best: TrainedHead
+    scores: list  # the val_scores of each seed
+
+
+def fine_tune_if_better(frozen, train_xrays, val_xrays, args, device, dtype):
+    """Fine-tunes a network. Returns the Result with the lower validation loss.
+
+    frozen: the Result of the frozen network. Also returns what model.json says about it.
+    """
+    print(f"Frozen network: best validation loss {frozen.best.val_loss:.4f}")
+    part = FrozenPart(frozen.backbone.network, args.unfreeze)
+    options = {"args": args, "device": device}
+    train_activations = common.extract_activations(
+        frozen.backbone, part, train_xrays, n_views=args.views, dtype=dtype, **options
+    )
+    val_activations = common.extract_activations(
+        frozen.backbone, part, val_xrays, n_views=1, dtype=torch.float32, **options
+    )[:, 0]
+    data = frozen.data._replace(train_features=train_activations, val_features=val_activations)
+    best, scores = fine_tune_seeds(frozen.backbone, data, args, device)
+
+    is_better = best.val_loss < frozen.best.val_loss
+    helps = "helps" if is_better else "does not help, so the frozen network is saved"
+    losses = f"validation loss {best.val_loss:.4f}, frozen {frozen.best.val_loss:.4f}"
+    print(f"Fine-tuning from {args.unfreeze} on {helps}: {losses}")
+    description = {
+        "unfreeze": args.unfreeze,
+        "val_loss": best.val_loss,
+        "frozen_val_loss": frozen.best.val_loss,
+        "is_saved": is_better,
+    }
+    if not is_better:
+        best = frozen.best._replace(exit_code=best.exit_code)
+        return frozen._replace(best=best), description
+    network = join_parts(frozen.backbone.network, best.tail)
+    backbone = frozen.backbone._replace(network=network)
+    return Result(backbone, compute_features(best.tail, data), best, scores), description
+
+
+def fine_tune_seeds(backbone, data, args, device):
+    """Fine-tunes with --seeds seeds. Returns (the best TrainedHead, the val_scores of each seed).
+
+    data: activations and labels. After Ctrl-C or SIGTERM, the best epoch so far counts.
+    """
+    best, scores = None, []
+    for seed in range(args.seed, args.seed + args.seeds):
+        if args.seeds > 1:
+            print(f"Fine-tuning with seed {seed}")
+        trained = fine_tune(backbone, data, args, seed, device)
+        scores.append(val_scores(trained))
+        if best is None or trained.val_loss < best.val_loss:
+            best = trained
+        if trained.exit_code:
+            return best._replace(exit_code=trained.exit_code), scores
+    if args.seeds > 1:
+        print(f"The best of the {args.seeds} networks counts, because their mean is not a network")
+    return best, scores
+
+
+def fine_tune(backbone, data, args, seed, device):
+    """Trains a copy of the network from --unfreeze on, and a new head. Returns a TrainedHead.
+
+    data: activations and labels. Raises Failure if the device fails, and as train_epochs does.
+    """
+    tail = Tail(copy_tail(backbone.network, args.unfreeze), device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = nn.Linear(backbone.width, 1)  # the trained one fits the training images too well
+    n_batches = math.ceil(len(data.train_labels) / args.batch_size)
+    optimizer = make_optimizer(tail, head, args.finetune_epochs * n_batches)
+    limits = {"n_epochs": args.finetune_epochs, "patience": 0, "batch_size": args.batch_size}
+    advice = "choose a later module for --unfreeze (make: UNFREEZE=), or leave it out"
+    try:
+        model = nn.Sequential(tail, head)
+        return train_epochs(model, data, optimizer, None, seed, progress, advice, **limits)
+    except RuntimeError as error:  # the memory is full, or the device lacks an operator
+        reason = " ".join(str(error).split())[:200]
+        other = "use a smaller --batch-size (make: BATCH_SIZE=8) or --device cpu (make: DEVICE=cpu)"
+        raise Failure(f"fine-tuning failed ({reason}); {other}, or {advice}", 4) from error
+
+
+@torch.no_grad()
+def compute_features(tail, data):
+    """Returns `data` with the features of a trained tail instead of the activations."""
+    return data._replace(
+        train_features=tail(data.train_features[:, 0])[:, None],
+        val_features=tail(data.val_features),
+    )
+
+
 # ---------------------------------------------------------------- images and features
 
 
@@ -240,6 +366,8 @@ def load_inputs(args, *outputs):
     xrays = read_split(args.data_dir, *splits, classes=args.classes, hash_dir=hash_dir)
     state, source = load_weights(args)
     backbone = common.build_backbone(args.arch, state, source)
+    if args.unfreeze:
+        check_cut(backbone.network, args.unfreeze)
     check_writable(*outputs)
     return xrays, backbone, device, dtype
 
@@ -288,7 +416,10 @@ def print_class_weight(labels, classes):
 
 
 def train_model(args):
-    """Trains, calibrates and saves a head. Returns the content of model.json."""
+    """Trains, calibrates and saves a head, with --unfreeze also the last part of the network.
+
+    Returns the content of model.json.
+    """
     info_file = args.checkpoint.with_suffix(".json")
     report_file = args.results_dir / "metrics.json"
     outputs = [args.checkpoint, info_file, report_file, *previous_files(args.checkpoint)]
@@ -309,24 +440,34 @@ def train_model(args):
     # With one thread, sums have the same order on every number of cores.
     with common.one_thread():
         best, heads = train_seeds(data, args)
-        print(f"Training complete. Best validation loss: {best.val_loss:.4f}")
+    result = Result(backbone, data, best, [val_scores(trained) for trained in heads])
+    fine_tuning = None
+    if args.unfreeze and not best.exit_code:
+        result, fine_tuning = fine_tune_if_better(
+            result, train_xrays, val_xrays, args, device, dtype
+        )
+    backbone, data, best, scores = result
+    print(f"Training complete. Best validation loss: {best.val_loss:.4f}")
+    with common.one_thread():
         head, fitted = fit_on_val(best.head, data, val_xrays, args)
 
-    description = describe_training(args, backbone, best, heads)
+    description = describe_training(args, backbone, best, scores, fine_tuning)
     description |= describe_images(args, train_xrays + val_xrays, unreadable_train | unreadable_val)
-    standardize = Standardize(train_features[:, :1])  # of view 0, the images as they are
+    standardize = Standardize(data.train_features[:, :1])  # of view 0, the images as they are
     mean, std = standardize.mean, standardize.std
-    description["features"] = describe_features(mean, std, standardize(val_features))
+    description["features"] = describe_features(mean, std, standardize(data.val_features))
     kept = keep_previous(args.checkpoint, description)
     content = save_checkpoint(args.checkpoint, backbone, head, description | fitted)
     write_history(args.results_dir / "history.csv", best.history)
     threshold = f"threshold {fitted['threshold']:.3g}"
-    scores = [f"{name} {format_interval(v)}" for name, v in fitted["at_threshold"].items()]
-    print(f"At {threshold} on val: {', '.join(scores)}")
+    at_threshold = [f"{name} {format_interval(v)}" for name, v in fitted["at_threshold"].items()]
+    print(f"At {threshold} on val: {', '.join(at_threshold)}")
     for text in few_patients_warnings("val", description["val_patients"]):
         warn(text)
 
-    source = f"the mean of {len(heads)} heads" if args.seeds > 1 else f"epoch {best.epoch}"
+    source = f"epoch {best.epoch}"
+    if args.seeds > 1 and not best.tail:
+        source = f"the mean of {len(scores)} heads"
     saved = f"{source} in {args.checkpoint}, {threshold}"
     if best.exit_code:
         message = f"interrupted after {len(best.history)} epochs; saved {saved}"
@@ -364,7 +505,7 @@ def fit_on_val(head, data, val_xrays, args):
     }
 
 
-def describe_training(args, backbone, best, heads):
+def describe_training(args, backbone, best, scores, fine_tuning):
     """Returns the content of model.json, except the images and what is fitted on val/."""
     transforms = (common.PREPARE, common.AUGMENT, backbone.normalize)
     flags = {}
@@ -379,7 +520,8 @@ def describe_training(args, backbone, best, heads):
         "threshold_rule": "fixed" if isinstance(args.threshold, float) else args.threshold,
         **val_scores(best),
         "seed": args.seed,
-        "seeds": [val_scores(trained) for trained in heads],
+        "seeds": scores,
+        "fine_tuning": fine_tuning,
         "flags": flags,
         "versions": versions("torch", "torchvision", "pillow"),
         "date": time.strftime("%Y-%m-%d %H:%M:%S%z"),
@@ -570,7 +712,11 @@ def parse_args(argv=None):
     training.add_argument("--no-calibrate", action="store_true",
         help="leave the probabilities uncalibrated (no Platt scaling)")
     training.add_argument("--seeds", type=number(int, 1), default=1, metavar="N",
-        help="number of heads to train; their mean is saved")
+        help="number of heads to train; their mean is saved (with --unfreeze, the best network)")
+    training.add_argument("--unfreeze", metavar="NAME",
+        help="also train this module of the network, and all that follow it (for example layer4)")
+    training.add_argument("--finetune-epochs", type=number(int, 1), default=12, metavar="N",
+        help="number of epochs, for --unfreeze")
     training.add_argument("--folds", type=number(int, 0), default=0, metavar="N",
         help="cross-validate train/ and val/ with N folds instead of training (0 = train; "
              "otherwise 3 or more)")
@@ -587,6 +733,10 @@ def parse_args(argv=None):
         parser.error(f"--threshold {args.threshold}: cross-validation needs a number, not a rule")
     if args.folds and args.seeds > 1:
         parser.error("--seeds and --folds cannot be used together")
+    if args.folds and args.unfreeze:
+        parser.error("--unfreeze and --folds (make cv) cannot be used together; leave one out")
+    if args.unfreeze and rank_and_world()[1] > 1:
+        parser.error("--unfreeze cannot be used with torchrun (make: GPUS=); leave one out")
     if args.repeats > 1 and not args.folds:
         parser.error("--repeats needs --folds (make cv)")
     description_file = args.checkpoint.with_suffix(".json").name

@@ -15,6 +15,7 @@ loader       worker processes that decode images
 calibration  Platt scaling and the threshold, fitted on val/; logistic regression
 copies       finds altered copies of an image among many
 transforms   compares the transforms of a model with those of today
+finetune     cuts a network before a module, so that the part behind the cut can be trained
 
 folders      the classes, splits and images of a data folder
 hashes       the SHA-256 of images, remembered in the cache

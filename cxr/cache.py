@@ -23,7 +23,7 @@ READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def allocate(shape, dtype, folder):
-    """Returns a tensor of zeros for features.
+    """Returns a tensor of zeros for features or activations.
 
     If it would take more than a quarter of the memory, it is a memory-mapped file in `folder`. This
     file has no name, so it is gone when the process ends.
@@ -31,7 +31,8 @@ def allocate(shape, dtype, folder):
     n_bytes = math.prod(shape) * dtype.itemsize
     if n_bytes <= count_memory() / 4:
         return torch.zeros(shape, dtype=dtype)
-    progress(f"Features: {n_bytes / 1e9:.1f} GB in a temporary file in {folder}, not in the memory")
+    size = f"{n_bytes / 1e9:.1f} GB"
+    progress(f"{size} are kept in a temporary file in {folder}, because the memory is too small")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
         file.truncate(n_bytes)
