@@ -180,7 +180,7 @@ def transform_warnings(backbone, info, path):
 def describe_model(path, info):
     """Returns what metrics.json says about the model. info: the content of model.json."""
     keys = ("weights", "date", "epoch", "seed", "val_loss", "val_accuracy", "slope", "intercept")
-    keys += ("window", "threshold_rule", "at_threshold")
+    keys += ("window", "threshold_rule", "at_threshold", "fine_tuning")
     result = {"file": str(path), "sha256": info["sha256"], "arch": info["arch"]}
     result |= {key: info.get(key) for key in keys}
     result["images"] = {split: len(images) for split, images in info.get("images", {}).items()}

@@ -95,6 +95,9 @@ def describe_model(model):
     for key in ("weights", "epoch"):
         if model.get(key) is not None:
             parts.append(f"{key} {model[key]}")
+    fine_tuning = model.get("fine_tuning")
+    if fine_tuning and fine_tuning["is_saved"]:
+        parts.append(f"fine-tuned from {fine_tuning['unfreeze']} on")
     parts.append(model.get("date"))
     return ", ".join(part for part in parts if part)
 

@@ -31,6 +31,7 @@ RUN = "--checkpoint 'runs/wide/model.pth' --results-dir 'runs/wide/results'"
 COMMANDS = {
     "train": ["train.py"],
     "train GPUS=4": ["-m torch.distributed.run --standalone --nproc-per-node 4 train.py"],
+    "train UNFREEZE=layer4": ["train.py --unfreeze 'layer4'"],
     "train EPOCHS=3 DATA='/chest x'": ["train.py --data-dir '/chest x' --epochs '3'"],
     "all CLASSES='NORMAL TUBERCULOSIS'": [
         "split_val.py --classes NORMAL TUBERCULOSIS --check-first",
