@@ -269,16 +269,12 @@ def fine_tune_if_better(frozen, train_xrays, val_xrays, args, device, dtype):
     frozen: the Result of the frozen network. Also returns what model.json says about it.
     """
     print(f"Frozen network: best validation loss {frozen.best.val_loss:.4f}")
-    part = FrozenPart(frozen.backbone.network, args.unfreeze)
-    options = {"args": args, "device": device}
-    train_activations = common.extract_activations(
-        frozen.backbone, part, train_xrays, n_views=args.views, dtype=dtype, **options
-    )
-    val_activations = common.extract_activations(
-        frozen.backbone, part, val_xrays, n_views=1, dtype=torch.float32, **options
-    )[:, 0]
-    data = frozen.data._replace(train_features=train_activations, val_features=val_activations)
-    best, scores = fine_tune_seeds(frozen.backbone, data, args, device)
+    try:
+        data = load_activations(frozen, train_xrays, val_xrays, args, device, dtype)
+        best, scores = fine_tune_seeds(frozen.backbone, data, args, device)
+    except KeyboardInterrupt as interrupt:  # before the end of the first epoch
+        best = frozen.best._replace(exit_code=interrupt_exit_code(interrupt))
+        return frozen._replace(best=best), None
 
     is_better = best.val_loss < frozen.best.val_loss
     helps = "helps" if is_better else "does not help, so the frozen network is saved"
@@ -298,6 +294,21 @@ def fine_tune_if_better(frozen, train_xrays, val_xrays, args, device, dtype):
     return Result(backbone, compute_features(best.tail, data), best, scores), description
 
 
+def load_activations(frozen, train_xrays, val_xrays, args, device, dtype):
+    """Returns the HeadData of a Result with activations instead of the features."""
+    part = FrozenPart(frozen.backbone.network, args.unfreeze)
+    options = {"args": args, "device": device}
+    train_activations = common.extract_activations(
+        frozen.backbone, part, train_xrays, n_views=args.views, dtype=dtype, **options
+    )
+    val_activations = common.extract_activations(
+        frozen.backbone, part, val_xrays, n_views=1, dtype=torch.float32, **options
+    )
+    return frozen.data._replace(
+        train_features=train_activations, val_features=val_activations[:, 0]
+    )
+
+
 def fine_tune_seeds(backbone, data, args, device):
     """Fine-tunes with --seeds seeds. Returns (the best TrainedHead, the val_scores of each seed).
 
@@ -307,7 +318,12 @@ def fine_tune_seeds(backbone, data, args, device):
     for seed in range(args.seed, args.seed + args.seeds):
         if args.seeds > 1:
             print(f"Fine-tuning with seed {seed}")
-        trained = fine_tune(backbone, data, args, seed, device)
+        try:
+            trained = fine_tune(backbone, data, args, seed, device)
+        except KeyboardInterrupt as interrupt:  # before the end of the first epoch
+            if best is None:
+                raise
+            return best._replace(exit_code=interrupt_exit_code(interrupt)), scores
         scores.append(val_scores(trained))
         if best is None or trained.val_loss < best.val_loss:
             best = trained
@@ -468,6 +484,8 @@ def train_model(args):
     source = f"epoch {best.epoch}"
     if args.seeds > 1 and not best.tail:
         source = f"the mean of {len(scores)} heads"
+    if args.unfreeze and not best.tail:
+        source += " of the frozen network"
     saved = f"{source} in {args.checkpoint}, {threshold}"
     if best.exit_code:
         message = f"interrupted after {len(best.history)} epochs; saved {saved}"

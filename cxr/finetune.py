@@ -56,6 +56,7 @@ class EncoderTail(nn.Module):
     def __init__(self, network):
         super().__init__()
         self.encoder, self.heads = network.encoder, network.heads
+        self.encoder.pos_embedding = None  # it belongs to the frozen part
 
     def forward(self, tokens):
         tokens = self.encoder.ln(self.encoder.layers(tokens))
@@ -122,7 +123,8 @@ class Tail(nn.Module):
     def __init__(self, network, device):
         """network: of copy_tail."""
         super().__init__()
-        self.network = network.to(device)
+        # A training on two CPU cores is a quarter faster in channels_last.
+        self.network = network.to(device, memory_format=torch.channels_last)
         self.device = device
 
     def forward(self, activations):

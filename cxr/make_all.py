@@ -22,7 +22,8 @@ NETWORK = (
 FLAGS = {
     "split_val.py": f"{SHARED} --per-class --test --link-from --undo --check --check-first --json",
     "train.py": f"{SHARED} {NETWORK} --arch --weights --views --window --epochs --batch-size --lr "
-    "--weight-decay --patience --threshold --no-calibrate --seeds --folds --repeats --compile",
+    "--weight-decay --patience --threshold --no-calibrate --seeds --unfreeze --finetune-epochs "
+    "--folds --repeats --compile",
     "evaluate.py": f"{SHARED} {NETWORK} --split --from --prevalence --compare --cam",
 }
 
