@@ -5,7 +5,7 @@ import pandas as pd
 import torch
 from scipy.stats import binomtest, permutation_test
 
-from cxr.bootstrap import draw_scores, paired_differences
+from cxr.bootstrap import draw_scores, t_intervals
 from cxr.errors import Failure
 from cxr.predictions import as_arrays
 from cxr.scores import measure_scores, score, scores_of_sums, summed_columns
@@ -46,7 +46,7 @@ def compare(predictions, other, threshold, other_threshold, seed):
         return mine - compared_scores(other_probs, labels, other_threshold, weights)
 
     samples = draw_scores(labels, patients, differences, seed)
-    intervals = paired_differences(values, samples)
+    intervals = t_intervals(values, samples, labels, patients)
     other_metrics = measure_scores(other, other_threshold, seed)
     correct = (probs > threshold) == labels
     other_correct = (other_probs > other_threshold) == labels

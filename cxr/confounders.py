@@ -14,7 +14,7 @@ import scipy.sparse
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import OneHotEncoder
 
-from cxr.bootstrap import draw_scores, logit_t_intervals, paired_differences
+from cxr.bootstrap import draw_scores, logit_t_intervals, t_intervals
 from cxr.errors import either
 from cxr.measurements import MANY, choose_subset, is_alarming, make_folds, thin_out
 from cxr.patients import read_tags
@@ -249,7 +249,7 @@ def compare_with_columns(predictions, xrays, training, classes, seed):
             return (network(weights) - auroc(weights))[:, None]
 
         both = values_and_samples(difference, truth, scored_patients, seed)
-        row["difference"] = paired_differences(*both)[0]
+        row["difference"] = t_intervals(*both, truth, scored_patients)[0]
         row["within"] = score_within_strata(probs, truth, scored_patients, cells, seed)
     return found
 

@@ -148,8 +148,8 @@ def nan_to_none(interval):
     return {key: None if math.isnan(value) else value for key, value in interval.items()}
 
 
-def wald_interval(value, standard_error):
-    """Returns value ± 1.96 standard errors as a dict {value, low, high}.
+def wald_interval(value, standard_error, quantile=Z):
+    """Returns value ± 1.96 (or `quantile`) standard errors as a dict {value, low, high}.
 
     All three are None if value or standard error is not finite. low and high are None if the
     standard error is 0 although the value is not 0.
@@ -158,7 +158,7 @@ def wald_interval(value, standard_error):
         return {"value": None, "low": None, "high": None}
     if standard_error < 1e-9 and abs(value) > 1e-9:  # the bootstrap could not estimate it
         return {"value": float(value), "low": None, "high": None}
-    low, high = value - Z * standard_error, value + Z * standard_error
+    low, high = value - quantile * standard_error, value + quantile * standard_error
     return {"value": float(value), "low": float(low), "high": float(high)}
 
 

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from cxr.bootstrap import draw_scores, paired_differences
+from cxr.bootstrap import draw_scores, t_intervals
 from cxr.measurements import image_numbers, thin_out
 from cxr.predictions import as_arrays
 from cxr.scores import aurocs
@@ -69,7 +69,7 @@ def single_number_baselines(predictions, xrays, training, reason, size, seed):
     network_auroc, *test_aurocs = aurocs(scores, labels)
     values = np.subtract(network_auroc, test_aurocs)
     samples = draw_scores(labels, patients, differences, seed)
-    gains = paired_differences(values, samples)
+    gains = t_intervals(values, samples, labels, patients)
     numbers = {}
     for name, sign, auroc, gain in zip(names, signs, test_aurocs, gains, strict=True):
         numbers[name] = {"sign": int(sign), "auroc": float(auroc), "difference": gain}

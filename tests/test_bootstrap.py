@@ -11,7 +11,7 @@ from scipy.special import logit
 from simulated import by_scikit_learn, simulate, table_of
 
 import cxr.bootstrap
-from cxr.bootstrap import draw_scores, paired_differences
+from cxr.bootstrap import draw_scores, t_intervals
 from cxr.predictions import as_arrays
 from cxr.scores import BCA_INTERVAL, T_INTERVAL, aurocs, measure_scores, score
 from cxr.weighted import weighted_auroc, weighted_average_precision
@@ -136,7 +136,7 @@ def interval_of_equal_models(rng, design, seed):
 
     value = np.subtract(*aurocs(np.stack([mine, other]), labels))
     samples = draw_scores(labels, patients, auroc_difference, seed)
-    return paired_differences([value], samples)[0]
+    return t_intervals([value], samples, labels, patients)[0]
 
 
 def test_the_intervals_of_paired_differences_contain_the_true_difference(monkeypatch):
@@ -147,6 +147,18 @@ def test_the_intervals_of_paired_differences_contain_the_true_difference(monkeyp
         widths += [interval["high"] - interval["low"] for interval in intervals]
         shares.append(np.mean([interval["low"] <= 0 <= interval["high"] for interval in intervals]))
     assert min(shares) >= 0.9 and 0.93 <= np.mean(shares) < 1 and np.mean(widths) < 0.25
+
+
+def test_the_interval_of_a_mean_difference_is_students_t_interval():
+    # The standard error that the bootstrap has for the mean of one class is known.
+    rng = np.random.default_rng(0)
+    labels, patients = np.repeat([0, 1], [12, 40]), np.arange(52)
+    x = rng.normal(size=12)  # of the smaller class
+    bootstrap_error = x.std() / np.sqrt(12)  # divided by n, not by n - 1
+    samples = bootstrap_error * np.array([[-1], [1]]) / np.sqrt(2)  # their deviation is the error
+    (interval,) = t_intervals([x.mean()], samples, labels, patients)
+    expected = scipy.stats.ttest_1samp(x, 0).confidence_interval(0.95)
+    assert (interval["low"], interval["high"]) == pytest.approx(tuple(expected))
 
 
 def test_the_interval_follows_the_seed_and_is_wider_for_several_images_of_a_patient(
