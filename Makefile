@@ -31,7 +31,7 @@ several = $(if $(findstring ',$(IMAGES))$(findstring ",$(IMAGES)),$(IMAGES),$(es
 images = $(if $(shell test -e $(call quote,$(IMAGES)) && echo yes),$(call quote,$(IMAGES)),$(several))
 launch = $(if $(GPUS),$(PY) -m torch.distributed.run --standalone --nproc-per-node $(GPUS),$(PY))
 
-.PHONY: FORCE help install split check train cv evaluate predict all demo test matrix fuzz bench lint clean
+.PHONY: FORCE help install split check train cv curve evaluate predict all demo test matrix fuzz bench lint clean
 help:  ## this page
 	@echo "make TARGET [VARIABLE=value ...]"
 	@sed -n 's/^\([a-z]*\):.*## *\(.*\)/  \1 \2/p' Makefile | awk '{ t = $$1; sub(/^ *[a-z]+ /, ""); printf "  %-10s %s\n", t, $$0 }'
@@ -69,6 +69,8 @@ train: install  ## train the classifier: model.pth, model.json, curves
 	$(launch) train.py$(train_flags)$(args)
 cv: install  ## cross-validate instead: the spread of every number
 	$(launch) train.py --folds 5 --repeats 5$(train_flags)$(args)
+curve: install  ## how much more images would help: the scores with 25, 50, 100 and 200 training images
+	$(launch) train.py --folds 10 --repeats 5 --sizes 25,50,100,200$(train_flags)$(args)
 evaluate: install  ## score the test images: metrics, predictions, pictures
 	$(PY) evaluate.py$(run_flags)$(args)
 predict: install  ## classify IMAGES="scan.png folder/"

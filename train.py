@@ -4,14 +4,17 @@ With --unfreeze, the last part of the network is trained as well.
 
 Reads DIR/{train,val}/{NORMAL,PNEUMONIA}/ (split_val.py makes val/). Writes model.pth, model.json,
 and into results/ history.csv, curves.png and samples.png. With --folds it cross-validates instead,
-and writes cv.json, doubtful_labels.csv and doubtful_labels.png.
+and writes cv.json, doubtful_labels.csv and doubtful_labels.png. With --sizes it writes curve.json
+and curve.png instead: how the scores change with the number of training images.
 
     python train.py
     python train.py --epochs 100 --lr 3e-4 --seeds 10
     python train.py --folds 5 --repeats 5
     python train.py --unfreeze layer4
+    python train.py --folds 10 --repeats 5 --sizes 25,50,100,200
 """
 
+import argparse
 import copy
 import math
 import sys
@@ -30,7 +33,7 @@ from tqdm import tqdm
 from cxr import folds
 from cxr.calibration import calibrate, fit_threshold, threshold_rule
 from cxr.checkpoint import load_weights, save_checkpoint
-from cxr.cli import Parser, add_flags, add_network_flags, call, number, run
+from cxr.cli import Parser, add_flags, add_network_flags, call, number, run, sizes
 from cxr.curves import choose_samples, draw_curves, draw_samples, write_history
 from cxr.errors import (
     INTERRUPTED,
@@ -593,11 +596,7 @@ def cross_validate(args):
     json_file = args.results_dir / "cv.json"
     table_file = args.results_dir / "doubtful_labels.csv"
     sheet_file = table_file.with_suffix(".png")
-    xrays, backbone, device, dtype = load_inputs(args, json_file, table_file, sheet_file)
-    views, xrays, _ = load_features(backbone, xrays, args, device, dtype, for_training=True)
-    features, _, _ = load_features(backbone, xrays, args, device, dtype, for_training=False)
-    common.end_other_ranks()
-    data = FoldData(views, features[:, 0], labels_of(xrays))
+    data, xrays = load_fold_data(args, json_file, table_file, sheet_file)
 
     # With one thread, sums have the same order on every number of cores.
     with common.one_thread():
@@ -620,6 +619,18 @@ def cross_validate(args):
     return content
 
 
+def load_fold_data(args, *outputs):
+    """Returns (FoldData, readable Xrays) of train/ and val/.
+
+    Raises an error if one of the files `outputs` cannot be written.
+    """
+    xrays, backbone, device, dtype = load_inputs(args, *outputs)
+    views, xrays, _ = load_features(backbone, xrays, args, device, dtype, for_training=True)
+    features, _, _ = load_features(backbone, xrays, args, device, dtype, for_training=False)
+    common.end_other_ranks()
+    return FoldData(views, features[:, 0], labels_of(xrays)), xrays
+
+
 def predict_all_folds(data, xrays, args):
     """Predicts each image with heads that were not trained on it.
 
@@ -627,21 +638,15 @@ def predict_all_folds(data, xrays, args):
     """
     from cxr.scores import score  # slow to import: torchmetrics
 
-    by_repeat, fold_scores, epochs = [], [], []
+    probs, fold_scores, epochs = torch.zeros(args.repeats, len(xrays)), [], []
     with tqdm(total=args.folds * args.repeats, unit=" heads", disable=None) as bar:
-        for seed in range(args.seed, args.seed + args.repeats):
-            parts = folds.patient_folds(xrays, data.labels, args.folds, seed)
-            probs = torch.zeros(len(xrays))
-            for i, held_out in enumerate(parts):
-                val = parts[i - 1]  # before the first fold: the last one
-                train = torch.cat([p for p in parts if p is not val and p is not held_out])
-                probs[held_out], epoch = predict_rows(data, train, val, held_out, args, seed)
-                labels = data.labels[held_out].long()
-                fold_scores.append(score(probs[held_out], labels, args.threshold))
-                epochs.append(epoch)
-                bar.update()
-            by_repeat.append(probs)
-    return torch.stack(by_repeat), fold_scores, epochs
+        for repeat, train, val, held_out in folds.draw_folds(xrays, data.labels, args):
+            predicted, epoch = predict_rows(data, train, val, held_out, args, args.seed + repeat)
+            fold_scores.append(score(predicted, data.labels[held_out].long(), args.threshold))
+            probs[repeat, held_out] = predicted
+            epochs.append(epoch)
+            bar.update()
+    return probs, fold_scores, epochs
 
 
 def predict_rows(data, train, val, rows, args, seed):
@@ -694,6 +699,46 @@ def summarise_folds(probs, fold_scores, single_split, labels, xrays, args):
     return metrics
 
 
+# ---------------------------------------------------------------- learning curve
+
+
+def learn_curve(args):
+    """Cross-validates heads that are trained on fewer images, for each of --sizes.
+
+    Returns the content of curve.json.
+    """
+    from cxr import learning_curve  # slow to import: pandas
+
+    json_file, picture = args.results_dir / "curve.json", args.results_dir / "curve.png"
+    data, xrays = load_fold_data(args, json_file, picture)
+    numbers, steps = learning_curve.plan_steps(xrays, data.labels, args)
+    with common.one_thread():
+        probs = predict_all_sizes(data, steps, args)
+    curve = learning_curve.measure_curve(probs, steps, numbers, xrays, args.seed)
+    learning_curve.print_curve(curve, len(xrays), args)
+    content = {"folds": args.folds, "repeats": args.repeats, "n": len(xrays)} | curve
+    write_json(json_file, content)
+    learning_curve.draw_curve(picture, curve)
+    print(f"Wrote {json_file} and {picture.name}; the test images were not used")
+    return content
+
+
+def predict_all_sizes(data, steps, args):
+    """Predicts each image with heads of each size that were not trained on it.
+
+    steps: of learning_curve.plan_steps. Returns probabilities float32 (n_sizes, n_repeats, N).
+    """
+    n_sizes = len(steps[0].subsets)
+    probs = torch.zeros(n_sizes, args.repeats, len(data.labels))
+    with tqdm(total=len(steps) * n_sizes, unit=" heads", disable=None) as bar:
+        for repeat, subsets, val, held_out in steps:
+            for i, train in enumerate(subsets):
+                predicted, _ = predict_rows(data, train, val, held_out, args, args.seed + repeat)
+                probs[i, repeat, held_out] = predicted
+                bar.update()
+    return probs
+
+
 # ---------------------------------------------------------------- command line
 
 
@@ -702,6 +747,7 @@ def parse_args(argv=None):
     data, training, output, machine = parser.groups("data", "training", "output", "machine")
     add_network_flags(data, output, machine)
     add_flags(data, "--classes")
+    parser.set_defaults(sizes=None)
     # fmt: off
     data.add_argument("--window", type=number(float, 0, 40, percent=1), default=2.0,
         metavar="PERCENT", help="the darkest PERCENT of an image's pixels become black, and the "
@@ -740,6 +786,9 @@ def parse_args(argv=None):
              "otherwise 3 or more)")
     training.add_argument("--repeats", type=number(int, 1), default=1, metavar="N",
         help="how often the folds are drawn, for --folds")
+    training.add_argument("--sizes", type=sizes, default=argparse.SUPPRESS, metavar="N,N,...",
+        help="a learning curve: cross-validate with so many training images, for example "
+             "25,50,100,200 (needs --folds)")
     add_flags(training, "--seed")
     machine.add_argument("--compile", action="store_true",
         help="compile the network for the training views (faster only above about 10,000 views)")
@@ -757,6 +806,8 @@ def parse_args(argv=None):
         parser.error("--unfreeze cannot be used with torchrun (make: GPUS=); leave one out")
     if args.repeats > 1 and not args.folds:
         parser.error("--repeats needs --folds (make cv)")
+    if args.sizes and not args.folds:
+        parser.error("--sizes needs --folds: add --folds 10 --repeats 5, or run make curve")
     description_file = args.checkpoint.with_suffix(".json").name
     asked = as_typed("--checkpoint", "MODEL", args.checkpoint)
     if args.checkpoint.suffix not in (".pth", ".pt") or description_file in SPLIT_FILES.values():
@@ -767,15 +818,17 @@ def parse_args(argv=None):
 
 
 def train_or_cross_validate(args):
-    """Does what the flags ask for. Returns the content of model.json or cv.json."""
+    """Does what the flags ask for. Returns the content of model.json, cv.json or curve.json."""
+    if args.sizes:
+        return learn_curve(args)
     return cross_validate(args) if args.folds else train_model(args)
 
 
 def train(flags=()):
     """Trains as the script does, for a notebook. Returns the content of model.json as a dict.
 
-    flags: a list such as ["--lr", 3e-4]; with --folds, it returns the content of cv.json. Raises
-    Failure with the line that the script would print.
+    flags: a list such as ["--lr", 3e-4]; with --folds, it returns the content of cv.json, with
+    --sizes that of curve.json. Raises Failure with the line that the script would print.
     """
     return call(train_or_cross_validate, parse_args, flags)
 

@@ -40,6 +40,7 @@ leaks        images and patients that are in more than one split
 compare      compares two models on the same images
 plots        the pictures of a report
 films        lateral images, captures and images in colour
+learning_curve  how the scores change with the number of training images
 shortcuts    how well one number of an image predicts its class without a network
 confounders  how well a column of metadata.csv or a DICOM value predicts the class
 

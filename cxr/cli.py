@@ -67,6 +67,16 @@ def class_name(text):
     return text
 
 
+def sizes(text):
+    """The argparse type of --sizes: different numbers of images, the smallest first."""
+    with contextlib.suppress(ValueError):
+        numbers = sorted({int(word) for word in text.split(",")})
+        if len(numbers) >= 2 and numbers[0] >= 1:
+            return numbers
+    expected = "two or more numbers of images, such as 25,50,100,200"
+    raise argparse.ArgumentTypeError(f"expected {expected}, found {text!r}")
+
+
 # fmt: off
 FLAGS = {
     "--data-dir": dict(type=Path, default="data/chestxrays", metavar="DIR",

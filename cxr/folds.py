@@ -43,6 +43,20 @@ def patient_folds(xrays, labels, n_folds, seed):
     raise Failure(f"{problem}; use fewer folds, or another --seed N (make: SEED=N)")
 
 
+def draw_folds(xrays, labels, args):
+    """Draws the folds of --folds and --repeats: one is predicted, the previous one stops training.
+
+    Yields (repeat, train, val, held_out) for each fold of each repeat. repeat: int, from 0; the
+    others: int64 tensors of rows.
+    """
+    for repeat in range(args.repeats):
+        folds = patient_folds(xrays, labels, args.folds, args.seed + repeat)
+        for i, held_out in enumerate(folds):
+            val = folds[i - 1]  # before the first fold: the last one
+            train = [fold for fold in folds if fold is not val and fold is not held_out]
+            yield repeat, torch.cat(train), val, held_out
+
+
 def rank_doubtful(probs, labels, xrays, threshold, data_dir, classes):
     """Ranks images by how wrong their held-out predictions are, the worst first.
 

@@ -7,6 +7,7 @@ from cxr.errors import Failure
 OTHER_COMMANDS = {  # flags with which a script does something else: what to run instead
     "--folds": "make cv",
     "--repeats": "make cv",
+    "--sizes": "make curve",
     "--undo": "make split ARGS=--undo",
     "--check": "make check",
     "--from": "make evaluate",
@@ -23,7 +24,7 @@ FLAGS = {
     "split_val.py": f"{SHARED} --per-class --test --link-from --undo --check --check-first --json",
     "train.py": f"{SHARED} {NETWORK} --arch --weights --views --window --epochs --batch-size --lr "
     "--weight-decay --patience --threshold --no-calibrate --seeds --unfreeze --finetune-epochs "
-    "--folds --repeats --compile",
+    "--folds --repeats --sizes --compile",
     "evaluate.py": f"{SHARED} {NETWORK} --split --from --prevalence --compare --cam",
 }
 

@@ -32,6 +32,7 @@ COMMANDS = {
     "train": ["train.py"],
     "train GPUS=4": ["-m torch.distributed.run --standalone --nproc-per-node 4 train.py"],
     "train UNFREEZE=layer4": ["train.py --unfreeze 'layer4'"],
+    "curve SEED=2": ["train.py --folds 10 --repeats 5 --sizes 25,50,100,200 --seed '2'"],
     "train EPOCHS=3 DATA='/chest x'": ["train.py --data-dir '/chest x' --epochs '3'"],
     "all CLASSES='NORMAL TUBERCULOSIS'": [
         "split_val.py --classes NORMAL TUBERCULOSIS --check-first",

@@ -63,7 +63,12 @@ def test_a_flag_that_no_script_knows_is_an_error_before_the_first_step(tree, cap
 
 @pytest.mark.parametrize(
     ("flag", "command"),
-    [("--folds=3", "make cv"), ("--undo", "make split"), ("--from", "make eval")],
+    [
+        ("--folds=3", "make cv"),
+        ("--sizes", "make curve"),
+        ("--undo", "make split"),
+        ("--from", "make eval"),
+    ],
 )
 def test_a_flag_for_another_command_is_an_error_before_the_first_step(tree, capsys, flag, command):
     line = split_refused(tree, capsys, "--check-first", MARK, flag)

@@ -239,7 +239,10 @@ def test_ctrl_c_saves_the_best_epoch_so_far(run_train, tmp_path, monkeypatch, ca
     assert read_about(tmp_path)["epoch"] == 2 and (tmp_path / "model.pth").exists()
 
 
-@pytest.mark.parametrize("flags", [("--seeds", 3), ("--folds", 3)])
+SEVERAL_HEADS = ("--seeds", 3), ("--folds", 3), ("--folds", 3, "--sizes", "8,16")
+
+
+@pytest.mark.parametrize("flags", SEVERAL_HEADS)
 @pytest.mark.parametrize(("stop", "status"), [(KeyboardInterrupt, 130), (Terminated, 143)])
 @pytest.mark.parametrize("n_epochs", [3, 7])  # in the first head, and in the second one
 def test_an_interrupted_run_of_several_heads_saves_none_of_them(
