@@ -120,7 +120,11 @@ def test_a_wrong_name_is_one_line_with_names_that_work_and_changes_nothing(refus
 
 
 def test_folds_and_several_processes_are_refused(refused, monkeypatch):
-    assert "cannot be used together" in refused(2, "train", "--unfreeze", "bn", "--folds", 3)
+    folds = "--folds", 3
+    assert "cannot be used together" in refused(2, "train", "--unfreeze", "bn", *folds)
+    assert "cannot be used together" in refused(
+        2, "train", "--unfreeze", "bn", *folds, "--sizes", "2,4"
+    )
     for name, value in (("TORCHELASTIC_RUN_ID", "1"), ("RANK", "0"), ("WORLD_SIZE", "2")):
         monkeypatch.setitem(os.environ, name, value)
     assert "cannot be used with torchrun (make: GPUS=)" in refused(2, "train", "--unfreeze", "bn")
@@ -146,8 +150,9 @@ def test_the_loop_on_activations_is_the_usual_loop_through_the_whole_network(spl
     views = common.Views(xrays, 3, 2.0)
     pixels = torch.stack([common.NORMALIZE(views[i][1]) for i in range(len(xrays))])
     network = copy.deepcopy(backbone.network)
-    torch.manual_seed(7)
     head = nn.Linear(8, 1)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
     model, tail = nn.Sequential(network, head), network.layer2.requires_grad_(True)
     groups = [{"params": tail.parameters()}, {"params": head.parameters()}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.05)
