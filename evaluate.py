@@ -36,7 +36,7 @@ from cxr.folders import CLASSES, SPLITS, find_other_classes, image_suffixes, in_
 from cxr.leaks import leak_warnings, list_training_xrays
 from cxr.maps import class_maps, write_overlays
 from cxr.novelty import measure_novelty, novelty_warnings
-from cxr.page import PICTURES, print_report, write_page
+from cxr.page import PICTURES, write_page
 from cxr.patients import Xray, choose_hash_dir, read_metadata, read_split
 from cxr.plots import draw_pictures, draw_worst
 from cxr.predictions import (
@@ -61,6 +61,7 @@ from cxr.scores import (
     measure_subgroups,
     score,
 )
+from cxr.screen import print_report
 from cxr.transforms import compare_transforms
 
 PACKAGES = ("torch", "torchvision", "torchmetrics", "scipy", "scikit-learn", "numpy", "pillow")

@@ -44,7 +44,10 @@ learning_curve  how the scores change with the number of training images
 shortcuts    how well one number of an image predicts its class without a network
 confounders  how well a column of metadata.csv or a DICOM value predicts the class
 
-page         the report, on the screen and as a web page (page.html is its template)
+sentences    what screen and page say about a report
+
+page         the report as a web page; page.html is its template, and page.css its look
+screen       the report on the screen
 duplicates   reports copies of an image, and negatives
 
 check        the report of split_val.py --check

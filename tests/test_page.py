@@ -12,8 +12,10 @@ import evaluate
 import train
 from cxr.files import write_json
 from cxr.folders import list_images
-from cxr.page import print_scores, sections, write_page
+from cxr.page import write_page
 from cxr.proportions import format_interval
+from cxr.screen import print_scores
+from cxr.sentences import sections
 
 
 class Page(html.parser.HTMLParser):
