@@ -373,8 +373,9 @@ def write_report(folder, report, predictions, pictures):
     path, threshold = folder / "predictions.csv", report["threshold"]
     write_predictions(path, predictions, threshold, report["classes"])
     write_json(folder / "metrics.json", report)
-    draw_pictures(folder, drop_unreadable(predictions), report)
-    write_page(folder, report, pictures)
+    readable = drop_unreadable(predictions)
+    draw_pictures(folder, readable, report)
+    write_page(folder, report, readable, pictures)
 
 
 # ---------------------------------------------------------------- a split, new images, a table

@@ -38,7 +38,9 @@ scores       all scores of such a table, with intervals
 
 leaks        images and patients that are in more than one split
 compare      compares two models on the same images
-plots        the pictures of a report
+plots        the pictures of a report, as files
+svg          the plots of a report, inside the page
+sliders      the data of the page's sliders, threshold and prevalence
 films        lateral images, captures and images in colour
 learning_curve  how the scores change with the number of training images
 shortcuts    how well one number of an image predicts its class without a network

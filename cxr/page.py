@@ -5,10 +5,13 @@ from pathlib import Path
 
 import jinja2
 
+from cxr import svg
 from cxr.files import atomic_write
 from cxr.proportions import format_interval
 from cxr.sentences import display_name, lead_sentence, sections, summary_rows
+from cxr.sliders import slider_data
 
+PLOTS = (svg.roc, svg.precision_recall, svg.calibration, svg.scores)
 PICTURES = {
     "roc": "ROC curve: sensitivity and false positive rate for every threshold",
     "precision_recall": "Precision-recall curve: precision and sensitivity for every threshold",
@@ -20,8 +23,11 @@ PICTURES = {
 }
 
 
-def write_page(folder, report, pictures):
-    """Writes report.html: one file that contains everything, also the pictures of these names."""
+def write_page(folder, report, predictions, pictures):
+    """Writes report.html: one file that contains everything, also the pictures of these names.
+
+    predictions: of readable images.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,  # names of classes, files and columns may contain "<"
@@ -39,6 +45,9 @@ def write_page(folder, report, pictures):
         lead_sentence=lead_sentence(report),
         summary_rows=summary_rows(report),
         sections=sections(report),
+        plots=[draw(predictions, report) for draw in PLOTS],
+        plot_view=svg.VIEW,
+        sliders=slider_data(report, predictions),
         pictures={name: read_as_base64(folder / f"{name}.png") for name in pictures},
         captions=PICTURES,
         versions=", ".join(f"{name} {number}" for name, number in report["versions"].items()),

@@ -11,7 +11,8 @@ from cxr.files import printable, save_figure
 from cxr.folders import COLOURS
 from cxr.maps import legend, read_overlays
 from cxr.predictions import as_arrays
-from cxr.proportions import complement, format_interval, wilson_interval
+from cxr.proportions import complement, format_interval
+from cxr.scores import calibration_bins
 
 STYLE = {"font.size": 9, "axes.titlesize": 9, "legend.frameon": False}
 STYLE |= {"text.parse_math": False}  # a name may contain $, which begins a formula
@@ -81,15 +82,10 @@ def draw_confusion(ax, predictions, report):
 
 def draw_reliability(ax, predictions, report):
     """Draws the share of positive images against the mean probability, in ten bins."""
-    probs, labels, patients = as_arrays(predictions)
-    bins = np.minimum((probs * 10).astype(int), 9)
     ax.plot((0, 1), (0, 1), **CHANCE)
-    for number in np.unique(bins):
-        in_bin = bins == number
-        mean = probs[in_bin].mean()
-        share = wilson_interval(labels[in_bin], patients[in_bin])
+    for mean, share, n in calibration_bins(*as_arrays(predictions)):
         draw_point(ax, {"value": mean, "low": mean, "high": mean}, share)
-        ax.annotate(in_bin.sum(), (mean, share["value"]), (4, 3), textcoords="offset points")
+        ax.annotate(n, (mean, share["value"]), (4, 3), textcoords="offset points")
     positive = report["classes"][1]
     ax.set_xlabel(f"mean P({positive}) in the bin")
     ax.set_ylabel(f"share of {positive}, 95 % interval, n")

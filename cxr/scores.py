@@ -200,6 +200,18 @@ def score_calibration(probs, labels):
     return score(torch.from_numpy(probs), torch.from_numpy(labels), 0.5, ("ece", "brier"))
 
 
+def calibration_bins(probs, labels, patients):
+    """Yields (mean probability, share of positive images, n) for each of ten bins with images.
+
+    The share is a dict {value, low, high}.
+    """
+    bins = np.minimum((probs * 10).astype(int), 9)
+    for number in np.unique(bins):
+        in_bin = bins == number
+        share = wilson_interval(labels[in_bin], patients[in_bin])
+        yield float(probs[in_bin].mean()), share, int(in_bin.sum())
+
+
 def aurocs(scores, labels):
     """Computes the AUROC of each row of scores (k, n), float (k,). labels: int (n,)."""
     n_positive = labels.sum()
