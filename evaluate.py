@@ -1,8 +1,9 @@
 """Scores the saved network on the test images, or classifies new images.
 
-Reads model.pth and model.json. Writes report.html, metrics.json, predictions.csv and six pictures
-into results/; the scores have 95 % intervals. For new images it writes new_predictions.csv. With
---from, it scores an earlier predictions.csv again, without images, and prints only.
+Reads model.pth and model.json. Writes report.html, methods.md, metrics.json, predictions.csv and
+six pictures into results/; the scores have 95 % intervals. For new images it writes
+new_predictions.csv. With --from, it scores an earlier predictions.csv again, without images, and
+prints only.
 
     python evaluate.py
     python evaluate.py scan.png folder/ --cam maps/
@@ -12,6 +13,7 @@ into results/; the scores have 95 % intervals. For new images it writes new_pred
 
 import argparse
 import math
+import re
 import shlex
 import sys
 from collections import Counter
@@ -32,11 +34,19 @@ from cxr.compare import compare, match_predictions
 from cxr.errors import Failure, as_typed, warn
 from cxr.files import check_writable, hash_file, printable, read_json, versions, write_json
 from cxr.films import lateral_warnings
-from cxr.folders import CLASSES, SPLITS, find_other_classes, image_suffixes, in_words, list_images
-from cxr.leaks import leak_warnings, list_training_xrays
+from cxr.folders import (
+    CLASSES,
+    DRAWN,
+    SPLITS,
+    find_other_classes,
+    image_suffixes,
+    in_words,
+    list_images,
+)
+from cxr.leaks import find_leaks, leak_warnings, list_training_xrays
 from cxr.maps import class_maps, write_overlays
 from cxr.novelty import measure_novelty, novelty_warnings
-from cxr.page import PICTURES, write_page
+from cxr.page import write_page
 from cxr.patients import Xray, choose_hash_dir, read_metadata, read_split
 from cxr.plots import draw_pictures, draw_worst
 from cxr.predictions import (
@@ -46,9 +56,9 @@ from cxr.predictions import (
     predicted_classes,
     read_predictions,
     with_etiology,
-    with_names,
     write_predictions,
 )
+from cxr.previous import OTHER_FLAGS
 from cxr.proportions import PREVALENCES, PROPORTIONS, few_patients_warnings, predictive_values
 from cxr.scores import (
     BCA_INTERVAL,
@@ -61,7 +71,8 @@ from cxr.scores import (
     measure_subgroups,
     score,
 )
-from cxr.screen import print_report
+from cxr.screen import print_report, print_warnings
+from cxr.sentences import number_label
 from cxr.transforms import compare_transforms
 
 PACKAGES = ("torch", "torchvision", "torchmetrics", "scipy", "scikit-learn", "numpy", "pillow")
@@ -181,10 +192,18 @@ def transform_warnings(backbone, info, path):
 def describe_model(path, info):
     """Returns what metrics.json says about the model. info: the content of model.json."""
     keys = ("weights", "date", "epoch", "seed", "val_loss", "val_accuracy", "slope", "intercept")
-    keys += ("window", "threshold_rule", "at_threshold", "fine_tuning")
+    keys += ("window", "threshold_rule", "at_threshold", "fine_tuning", "transforms", "versions")
+    keys += ("train_patients", "val_patients")
     result = {"file": str(path), "sha256": info["sha256"], "arch": info["arch"]}
     result |= {key: info.get(key) for key in keys}
-    result["images"] = {split: len(images) for split, images in info.get("images", {}).items()}
+    images = info.get("images", {})
+    result["images"] = {split: len(files) for split, files in images.items()}
+    result["images_by_class"] = {
+        split: dict(Counter(Path(file).parent.name for file in files))
+        for split, files in images.items()
+    }
+    flags = info.get("flags", {})
+    result["flags"] = {name: flags[name] for name in flags if name not in OTHER_FLAGS}
     return result | {"skipped": info.get("skipped", [])}
 
 
@@ -368,14 +387,17 @@ def report_beside(path):
     return read_json(path.with_name("metrics.json")) or {}
 
 
-def write_report(folder, report, predictions, pictures):
-    """Writes all files of a report except worst.png. pictures: names of those on the page."""
+def write_report(folder, report, predictions, worst=()):
+    """Writes all files of a report except worst.png.
+
+    worst: the most wrongly classified images (see draw_worst), for the page.
+    """
     path, threshold = folder / "predictions.csv", report["threshold"]
+    readable = drop_unreadable(predictions)
     write_predictions(path, predictions, threshold, report["classes"])
     write_json(folder / "metrics.json", report)
-    readable = drop_unreadable(predictions)
     draw_pictures(folder, readable, report)
-    write_page(folder, report, readable, pictures)
+    write_page(folder, report, readable, worst)
 
 
 # ---------------------------------------------------------------- a split, new images, a table
@@ -398,15 +420,14 @@ def score_split(args):
     readable = drop_unreadable(predictions)
     origin = describe_origin(args, model, readable, views.xrays, rows, novelty)
     report = summarise(predictions, origin, other, args)
-    draw_worst(args.results_dir / "worst.png", model, views, readable, report)
-    write_report(args.results_dir, report, predictions, PICTURES)
+    worst = draw_worst(args.results_dir / "worst.png", model, views, readable, report)
+    write_report(args.results_dir, report, predictions, worst)
     if args.cam:
         write_overlays(args.cam, model, views, readable)
     print_report(report, predictions)
     print(f"Wrote report.html, metrics.json, predictions.csv and pictures to {args.results_dir}")
     print(f"The report to read (it shows X-rays): {args.results_dir / 'report.html'}")
-    for text in report["warnings"]:
-        warn(with_names(text, predictions))
+    print_warnings(report, predictions)
     return report
 
 
@@ -426,7 +447,8 @@ def describe_origin(args, model, predictions, xrays, rows, novelty):
     warnings = list(model.warnings)
     if "val_patients" in model.info:  # an earlier version did not write them
         warnings += few_patients_warnings("val", model.info["val_patients"])
-    warnings += leak_warnings(model.info, xrays, predictions["number"], training, args.split)
+    leaks = find_leaks(model.info, xrays, predictions["number"], training)
+    warnings += leak_warnings(leaks, args.split, number_label)
     baselines = confounders = None
     if args.split == "test":
         baselines = single_number_baselines(
@@ -438,7 +460,10 @@ def describe_origin(args, model, predictions, xrays, rows, novelty):
         "split": args.split,
         "data": str(args.data_dir / args.split),
         "model": describe_model(args.checkpoint, model.info),
+        "commands": [args.command],
+        "drawn": (args.data_dir / DRAWN).exists(),
         "warnings": warnings + confounder_warnings(confounders),
+        "leaks": leaks,
         "unlike": novelty,
         "threshold": threshold,
         "threshold_from": threshold_from,
@@ -516,14 +541,11 @@ def rescore(args):
     origin = earlier_origin(args, predictions, before, classes)
     report = summarise(predictions, origin, other, args)
     if args.results_dir:
-        # Without the images there is no picture of the worst ones.
-        pictures = [name for name in PICTURES if name != "worst"]
-        write_report(args.results_dir, report, predictions, pictures)
+        write_report(args.results_dir, report, predictions)
     print_report(report, predictions)
     if args.results_dir:
         print(f"Wrote all files except worst.png, which needs the images, to {args.results_dir}")
-    for text in report["warnings"]:
-        warn(with_names(text, predictions))
+    print_warnings(report, predictions)
     return report
 
 
@@ -537,7 +559,10 @@ def earlier_origin(args, predictions, before, classes):
         "split": before.get("split", args.split),
         "data": before.get("data", str(args.source)),
         "model": before.get("model"),
+        "commands": list(dict.fromkeys([*before.get("commands", []), args.command])),
+        "drawn": before.get("drawn", False),
         "warnings": [*before.get("warnings", []), *mismatch],
+        "leaks": before.get("leaks"),
         "unlike": before.get("unlike"),
         "threshold": threshold,
         "threshold_from": threshold_from,
@@ -646,6 +671,12 @@ def probability(text):
     return number(float, 0, 1)(text)
 
 
+def as_command(argv):
+    """Returns a command line for the report, in which absolute paths have only their last part."""
+    words = [re.sub("(?<![^=])/.*/(?=.)", "", word) for word in argv]
+    return shlex.join(["evaluate.py", *words])
+
+
 def find_table(path):
     """Returns the predictions.csv in a folder or in its results/, as in runs/x; a file as it is."""
     if not path.is_dir():
@@ -690,6 +721,7 @@ def parse_args(argv=None):
              "in --results-dir")
     # fmt: on
     args = parser.parse_args(argv, argparse.Namespace(results_dir=None))  # None: not given
+    args.command = as_command(sys.argv[1:] if argv is None else argv)
     if not args.source:  # --from without --results-dir only prints
         args.results_dir = args.results_dir or parser.get_default("results_dir")
     if args.images and (args.source or args.compare):

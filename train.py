@@ -563,8 +563,11 @@ def describe_images(args, xrays, unreadable):
         path = xray.path.relative_to(args.data_dir).as_posix()
         images[xray.split][path] = xray.sha256
     skipped = [path.relative_to(args.data_dir).as_posix() for path in unreadable]
-    val_patients = count_patients([x for x in xrays if x.split == "val"], args.classes)
-    return {"images": images, "skipped": skipped, "val_patients": val_patients}
+    description = {"images": images, "skipped": skipped}
+    for split in images:
+        of_split = [xray for xray in xrays if xray.split == split]
+        description[f"{split}_patients"] = count_patients(of_split, args.classes)
+    return description
 
 
 def draw_training(args, best, xrays):

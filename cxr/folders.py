@@ -18,6 +18,7 @@ from cxr.files import read_json
 CLASSES = ("NORMAL", "PNEUMONIA")  # the default of --classes
 COLOURS = ("#0072B2", "#D55E00")  # of labels 0 and 1; Okabe & Ito, for colour-blind readers
 SPLITS = ("train", "val", "test")
+DRAWN = "drawn_images.txt"  # in a data folder whose images are drawn (written by tests/phantoms.py)
 # Made by split_val.py from a part of train/, in this order. Each file lists the images moved.
 SPLIT_FILES = {"test": "split_test.json", "val": "split_val.json"}
 

@@ -30,45 +30,65 @@ def list_training_xrays(data_dir, rows, classes, hash_dir=None):
     return identify_all(listed, rows, hash_dir), ""
 
 
-def leak_warnings(model_info, xrays, numbers, training, split):
-    """Returns warnings about images that the model knows, and about a model of other data.
+def find_leaks(model_info, xrays, numbers, training):
+    """Finds images and patients that the model knows. Returns a dict for metrics.json.
 
-    model_info: the content of model.json; xrays: the images that are scored, of `split`; numbers:
-    theirs in predictions.csv; training: the Xrays of train/ and val/.
+    model_info: the content of model.json; xrays: the images that are scored; numbers: theirs in
+    predictions.csv; training: the Xrays of train/ and val/. Keys of the result: images (numbers of
+    the scored images that are in train/ or val/), patients (of those whose patient is), n (how many
+    images are scored), known (with how many others they were compared), learned (how many of these
+    belong to the model) and absent (how many of those are not in the folders).
     """
     learned = set()  # SHA-256 of the model's training and validation images
     for images in model_info.get("images", {}).values():
         learned |= set(images.values())
     present = {xray.sha256 for xray in training}
+    used = learned | present  # the folders may have changed since the training
+    patients = {xray.patient for xray in training} - {None}
+    numbered = list(zip(xrays, map(int, numbers), strict=True))
+    return {
+        "images": [number for xray, number in numbered if xray.sha256 in used],
+        "patients": [number for xray, number in numbered if xray.patient in patients],
+        "n": len(xrays),
+        "known": len(used),
+        "absent": len(learned - present) if present else 0,
+        "learned": len(learned),
+    }
+
+
+def leak_warnings(leaks, split, label):
+    """Returns warnings about images that the model knows, and about a model of other data.
+
+    leaks: of find_leaks, or None; label: function that returns how a number is shown.
+    """
+    if leaks is None:
+        return []
     warnings = []
-    absent = learned - present
-    if learned and present and absent:
+    if leaks["absent"]:
         warnings.append(
-            f"{len(absent)} of the {len(learned)} images that the model was made with are not "
-            "in train/ or val/: the model is older than these folders, or belongs to other data. "
-            "Train again (train.py, make train), or use the folders of the model"
+            f"{leaks['absent']} of the {leaks['learned']} images that the model was made with are "
+            "not in train/ or val/: the model is older than these folders, or belongs to other "
+            "data. Train again (train.py, make train), or use the folders of the model"
         )
     if split != "test":
         reason = f"the model was made with the {split} images"
         advice = "For one, use --split test"
-        warnings.append(f"{reason}: these scores are NO TEST RESULT. {advice}")
-        return warnings
-
-    used = learned | present  # the folders may have changed since the training
-    patients = {xray.patient for xray in training} - {None}
-    numbered = list(zip(xrays, numbers, strict=True))
-    same = [number for xray, number in numbered if xray.sha256 in used]
-    shared = [number for xray, number in numbered if xray.patient in patients]
-    if same:
-        example = f"for example no. {same[0]}"
-        what = "test images ARE ALSO TRAINING OR VALIDATION IMAGES"
-        advice = "Remove them from test/, or keep them there and train again without them"
-        warnings.append(f"{len(same)} of {len(xrays)} {what}, {example}: {NO_RESULT}. {advice}")
-    if shared:
-        example = f"for example no. {shared[0]}"
-        what = "test images are from patients who are also in train/ or val/"
-        advice = f"{ONE_SPLIT}, and train again"
-        warnings.append(f"{len(shared)} of {len(xrays)} {what}, {example}: {NO_RESULT}. {advice}")
+        return [*warnings, f"{reason}: these scores are NO TEST RESULT. {advice}"]
+    kinds = {
+        "images": (
+            "test images ARE ALSO TRAINING OR VALIDATION IMAGES",
+            "Remove them from test/, or keep them there and train again without them",
+        ),
+        "patients": (
+            "test images are from patients who are also in train/ or val/",
+            f"{ONE_SPLIT}, and train again",
+        ),
+    }
+    for kind, (what, advice) in kinds.items():
+        if leaks[kind]:
+            count = f"{len(leaks[kind])} of {leaks['n']}"
+            example = f"for example {label(leaks[kind][0])}"
+            warnings.append(f"{count} {what}, {example}: {NO_RESULT}. {advice}")
     return warnings
 
 

@@ -1,32 +1,27 @@
 """The report of evaluate.py as a web page: report.html, from the template page.html."""
 
 import base64
+import io
 from pathlib import Path
 
 import jinja2
+import PIL.Image
 
-from cxr import svg
+from cxr import headings, methods, sentences, svg
 from cxr.files import atomic_write
+from cxr.maps import legend
 from cxr.proportions import format_interval
-from cxr.sentences import display_name, lead_sentence, sections, summary_rows
 from cxr.sliders import slider_data
 
 PLOTS = (svg.roc, svg.precision_recall, svg.calibration, svg.scores)
-PICTURES = {
-    "roc": "ROC curve: sensitivity and false positive rate for every threshold",
-    "precision_recall": "Precision-recall curve: precision and sensitivity for every threshold",
-    "confusion": "Confusion matrix: the true and the predicted classes",
-    "reliability": "Calibration: predicted probability and observed share",
-    "scores": "Probabilities of the images of each class",
-    "worst": "Misclassified images; if there are none, those nearest to the threshold. The numbers "
-    "are those in predictions.csv",
-}
+MOST_DOTS = 300  # of a class; for more images, a bar takes the place of the dots
+WORST_BYTES = 140_000  # of all pictures of the worst images together; as text a third more
 
 
-def write_page(folder, report, predictions, pictures):
-    """Writes report.html: one file that contains everything, also the pictures of these names.
+def write_page(folder, report, predictions, worst=()):
+    """Writes report.html, one file that contains everything, and methods.md.
 
-    predictions: of readable images.
+    predictions: of readable images; worst: the result of draw_worst in cxr/plots.py.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -35,27 +30,41 @@ def write_page(folder, report, predictions, pictures):
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["display_name"] = display_name
+    environment.filters["display_name"] = sentences.display_name
     environment.filters["format_interval"] = format_interval
     negative, positive = report["classes"]
     page = environment.get_template("page.html").render(
         report=report,
         negative=negative,
         positive=positive,
-        lead_sentence=lead_sentence(report),
-        summary_rows=summary_rows(report),
-        sections=sections(report),
+        headings=headings,
+        methods=methods,
+        sentences=sentences,
+        forest=svg.forest,
         plots=[draw(predictions, report) for draw in PLOTS],
         plot_view=svg.VIEW,
         sliders=slider_data(report, predictions),
-        pictures={name: read_as_base64(folder / f"{name}.png") for name in pictures},
-        captions=PICTURES,
-        versions=", ".join(f"{name} {number}" for name, number in report["versions"].items()),
+        most_dots=MOST_DOTS,
+        worst=encode_worst(worst),
+        map_legend=legend(report["classes"]),
     )
     with atomic_write(folder / "report.html", "w") as file:
         file.write(page)
+    methods.write_methods(folder / "methods.md", report)
 
 
-def read_as_base64(path):
-    """Returns the content of a file as text, for a picture inside the page."""
-    return base64.b64encode(path.read_bytes()).decode()
+def encode_worst(worst):
+    """Returns (number, text, JPEG as text) of pictures that have at most WORST_BYTES together."""
+    for quality in (80, 65, 50, 35, 20):
+        files = [encode_jpeg(pixels, quality) for _, _, pixels in worst]
+        if sum(map(len, files)) <= WORST_BYTES:
+            break
+    texts = [base64.b64encode(content).decode() for content in files]
+    return [(number, words, text) for (number, words, _), text in zip(worst, texts, strict=True)]
+
+
+def encode_jpeg(pixels, quality):
+    """Returns a JPEG file of uint8 pixels (height, width, 3), as bytes."""
+    file = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(file, "jpeg", quality=quality, optimize=True)
+    return file.getvalue()

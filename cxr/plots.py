@@ -135,7 +135,8 @@ def save_with_caption(path, figure, report, dpi=120):
 def draw_worst(path, model, views, predictions, report):
     """Draws the most wrongly classified images, each next to its class activation map.
 
-    views: common.Views of the images in `predictions`.
+    views: common.Views of the images in `predictions`. Returns, for the page, a list of (number,
+    its class and its probability as text, uint8 (SIZE, width, 3): the image and its map).
     """
     from matplotlib.figure import Figure
 
@@ -162,12 +163,15 @@ def draw_worst(path, model, views, predictions, report):
     axes = figure.subplots(n_lines, 4, squeeze=False, subplot_kw=empty)
     # The last pair of axes may stay empty.
     pairs = axes.reshape(-1, 2)
-    classes = report["classes"]
+    classes, worst = report["classes"], []
     for (left, right), row, (view, picture) in zip(pairs, rows, overlays, strict=False):
         left.imshow(view, cmap="gray", vmin=0, vmax=255)
         if picture is not None:
             right.imshow(picture)
         text = f"{classes[labels[row]]}, P({classes[1]}) {probs[row]:.3f}"
-        title = f"no. {predictions['number'][row]}\n{text}"
-        left.set_title(title, fontsize=7, loc="left", parse_math=False)
-    save_with_caption(path, figure, report, dpi=90)  # small, because the page contains it
+        number = int(predictions["number"][row])
+        left.set_title(f"no. {number}\n{text}", fontsize=7, loc="left", parse_math=False)
+        grey = np.repeat(view[:, :, None], 3, axis=2)
+        worst.append((number, text, grey if picture is None else np.hstack([grey, picture])))
+    save_with_caption(path, figure, report, dpi=90)
+    return worst

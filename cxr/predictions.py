@@ -15,7 +15,6 @@ The other columns are those of metadata.csv, as text.
 """
 
 import math
-import re
 from pathlib import Path
 
 import numpy as np
@@ -39,17 +38,6 @@ def with_etiology(predictions):
         return predictions
     names = [Path(file).name for file in predictions["file"]]
     return predictions.assign(etiology=[etiology_from_name(name) for name in names])
-
-
-def with_names(text, predictions):
-    """Adds its file name to each "no. 17" in a text. For the screen: the page has only numbers."""
-    names = dict(zip(predictions["number"], predictions["file"], strict=True))
-
-    def add_name(match):
-        name = names.get(int(match[1]))
-        return f"{match[0]} ({name})" if name else match[0]
-
-    return re.sub(r"\bno\. (\d+)", add_name, text)
 
 
 def drop_unreadable(predictions):

@@ -122,8 +122,9 @@ def count_outcomes(predictions, threshold):
 def measure_subgroups(predictions, threshold, seed):
     """Computes sensitivity, specificity and AUROC for subgroups of patients.
 
-    Returns {key: {group, metric, n, value, low, high}}. A score is left out if its images are
-    missing, for example the specificity of a subgroup without negative images.
+    Returns {key: {group, metric, column, n, patients, value, low, high}}; n: images. A score is
+    left out if its images are missing, for example the specificity of a subgroup without negative
+    images.
     """
     result = {}
     for column, value in subgroup_values(predictions):
@@ -131,8 +132,9 @@ def measure_subgroups(predictions, threshold, seed):
         subgroup = predictions[predictions[column] == value]
         for metric in ("sensitivity", "specificity", "auroc"):
             key = f"{group}, {metric}"
-            result[key] = measure_subgroup(subgroup, group, metric, threshold, seed)
-    return {key: interval for key, interval in result.items() if interval is not None}
+            row = measure_subgroup(subgroup, group, metric, threshold, seed)
+            result[key] = row and row | {"column": column}
+    return {key: row for key, row in result.items() if row is not None}
 
 
 def measure_subgroup(subgroup, group, metric, threshold, seed):
@@ -152,7 +154,8 @@ def measure_subgroup(subgroup, group, metric, threshold, seed):
         interval = logit_t_intervals(values, samples, labels, patients)[0]
     else:
         interval = wilson_interval((probs > threshold) == labels, patients)
-    return {"group": group, "metric": metric, "n": len(labels)} | interval
+    row = {"group": group, "metric": metric, "n": len(labels), "patients": len(set(patients))}
+    return row | interval
 
 
 def subgroup_values(predictions):

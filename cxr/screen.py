@@ -5,9 +5,9 @@ T_INTERVAL or BCA_INTERVAL there. Screen (print_scores) and page (page.html) lis
 report["metrics"].
 """
 
-from cxr.predictions import with_names
+from cxr.errors import warn
 from cxr.proportions import format_interval
-from cxr.sentences import sections, summary_rows
+from cxr.sentences import number_label, sections, summary_rows, warnings_of
 
 
 def print_report(report, predictions):
@@ -21,9 +21,28 @@ def print_report(report, predictions):
     for name, text in summary_rows(report):
         print(f"{name:11} {text}")
     print_scores(report)
-    for title, lines in sections(report):
+    for title, lines in sections(report, name_label(predictions)):
         separator = " " if len(lines) == 1 else "\n  "
-        print(with_names(separator.join([f"{title}:", *lines]), predictions))
+        print(separator.join([f"{title}:", *lines]))
+
+
+def print_warnings(report, predictions):
+    """Prints the warnings of a report on stderr."""
+    for text in warnings_of(report, name_label(predictions)):
+        warn(text)
+
+
+def name_label(predictions):
+    """Returns a function that shows the number of an image with its file name."""
+    names = dict(zip(predictions["number"], predictions["file"], strict=True))
+
+    def label(number):
+        # An earlier table may have had other numbers.
+        return (
+            f"{number_label(number)} ({names[number]})" if number in names else number_label(number)
+        )
+
+    return label
 
 
 def print_scores(report):

@@ -1,18 +1,21 @@
 """The sentences about a report, which screen and page share.
 
-report: the content of metrics.json.
+report: the content of metrics.json. A sentence about an image takes a function `label`, which gets
+the number of the image and returns how it is shown: with its name on the screen (cxr/screen.py),
+and without it on the page (number_label).
 """
 
 from cxr.compare import COMPARED
 from cxr.errors import SHOWN, either
+from cxr.leaks import leak_warnings
 from cxr.novelty import SHIFT
 from cxr.patients import METADATA
 from cxr.proportions import FEW_PATIENTS, format_interval, format_number
 
 NAMES = {"f1": "F1", "auroc": "AUROC", "ppv": "PPV", "npv": "NPV", "ece": "ECE"}
-LEAD = ("accuracy", "auroc", "sensitivity", "specificity")  # scores in the first lines of the page
 ROUGH_BELOW = 30  # patients of a class; with fewer, the intervals are rough
 
+NO_SPREAD = "the value is the same in every bootstrap sample"
 TITLE_CONFOUNDERS = "Confounders: what a column of metadata.csv or a DICOM value alone predicts"
 
 
@@ -68,21 +71,39 @@ def describe_images(report):
     return text
 
 
+def number_label(number):
+    """Returns how the page and the files show the number of an image."""
+    return f"no. {number}"
+
+
+def warnings_of(report, label):
+    """Returns report["warnings"], in which label(number) shows an image."""
+    leaks, split = report["leaks"], report["split"]
+    pairs = zip(
+        leak_warnings(leaks, split, number_label), leak_warnings(leaks, split, label), strict=True
+    )
+    labelled = dict(pairs)
+    return [labelled.get(text, text) for text in report["warnings"]]
+
+
 def allows_conclusions(report):
     """Returns False if a class has so few patients that the report gives no verdict."""
     return min(report["patients_by_class"].values()) >= FEW_PATIENTS
 
 
-def sections(report):
-    """Yields (title, lines) of the findings beside the scores, for the screen and the page."""
+def sections(report, label):
+    """Yields (title, lines) of the findings beside the scores, for the screen.
+
+    label: function that returns how the number of an image is shown.
+    """
     if report["without_spread"]:
         names = ", ".join(report["without_spread"])
-        yield f"No interval for {names}", ["the value is the same in every bootstrap sample"]
+        yield f"No interval for {names}", [NO_SPREAD]
     yield from sensitivity_sections(report)
     yield "Calibration", calibration_lines(report["calibration"])
     yield "PPV and NPV at other prevalences", prevalence_lines(report)
     if report["unlike"]:
-        yield "Images unlike the training images", [novelty_line(report["unlike"])]
+        yield "Images unlike the training images", [novelty_line(report["unlike"], label)]
     if report["shortcut"]:
         yield baseline_section(report["shortcut"], allows_conclusions(report))
     if report["confounders"] and any(report["confounders"].values()):
@@ -90,8 +111,19 @@ def sections(report):
     if report["comparison"]:
         yield comparison_section(report["comparison"])
     if report["not_assessed"]:
-        reason = f"{METADATA} has no column of that name with 2 to 10 different values"
-        yield f"No subgroups by {either(report['not_assessed'])}", [reason]
+        title, _, reason = not_assessed_line(report).partition(": ")
+        yield title, [reason]
+
+
+def not_assessed_line(report):
+    """Says which subgroups a reader expects and does not find, and why."""
+    reason = f"{METADATA} has no column of that name with 2 to 10 different values"
+    return f"No subgroups by {either(report['not_assessed'])}: {reason}"
+
+
+def list_versions(versions):
+    """Lists the versions of the packages in one line. versions: {name: version}."""
+    return ", ".join(f"{name} {number}" for name, number in versions.items())
 
 
 def sensitivity_sections(report):
@@ -136,15 +168,15 @@ def prevalence_lines(report):
     return lines
 
 
-def novelty_line(group):
-    """Says how many images are unlike the training images, with the numbers of the first ones."""
+def novelty_line(group, label):
+    """Says how many images are unlike the training images, and which ones are the first."""
     text = f"{group['over']} of {group['n']} (expected: 1 in 100)"
     if group["shift"] is not None:
         shift = f"{group['shift']:.2f} standard deviations (a warning is given from {SHIFT})"
         text += f"; all together are shifted by {shift}"
     numbers = group["numbers"]
     if numbers:
-        text += f": {', '.join(f'no. {number}' for number in numbers[:SHOWN])}"
+        text += f": {', '.join(map(label, numbers[:SHOWN]))}"
     if len(numbers) > SHOWN:
         text += ", ..."
     return text
@@ -163,14 +195,13 @@ def baseline_section(shortcut, with_verdict):
     lines = []
     for subject, row in rows.items():
         verdict = f": the network is {row['network_is']}" if with_verdict else ""
-        lines.append(f"{baseline_text(subject, row)}{verdict}")
+        lines.append(f"{subject} {baseline_text(row)}{verdict}")
     return f"{title}, chosen on {shortcut['fitted_on']} images of train/ and val/", lines
 
 
-def baseline_text(subject, row):
+def baseline_text(row):
     """Returns the AUROC of a baseline, and its difference to the network with its interval."""
-    difference = format_difference(row["difference"])
-    return f"{subject} AUROC {row['auroc']:.3f}. Network minus this: {difference}"
+    return f"AUROC {row['auroc']:.3f}. Network minus this: {format_difference(row['difference'])}"
 
 
 def confounder_lines(report):
@@ -181,7 +212,7 @@ def confounder_lines(report):
             others.append(f"{row['column']} {format_interval(row['auroc'])}")
             continue
         alarm = "ALARM: " if row["alarm"] else ""
-        lines.append(alarm + confounder_text(row, report))
+        lines.append(f"{alarm}{row['column']} alone: {confounder_text(row, report)}")
         lines.append(f"  {strata_text(row)}")
     if others:
         lines.append(f"AUROC of other columns: {', '.join(others)}")
@@ -194,8 +225,8 @@ def confounder_lines(report):
 def confounder_text(row, report):
     """Returns the AUROC of a column, and its difference to the network with its interval."""
     network = format_number(report["metrics"]["auroc"]["value"])
-    text = f"{row['column']} alone: AUROC {format_interval(row['auroc'])}; the network {network}"
-    return f"{text}, difference {format_difference(row['difference'])}"
+    difference = format_difference(row["difference"])
+    return f"AUROC {format_interval(row['auroc'])}; the network {network}, difference {difference}"
 
 
 def strata_text(row):
@@ -241,16 +272,6 @@ def display_name(name):
     return NAMES.get(name, name.replace("_", " ").capitalize())
 
 
-def lead_sentence(report):
-    """Returns the most important scores, and how the best baseline compares."""
-    scores = [f"{display_name(k)} {format_interval(report['metrics'][k])}" for k in LEAD]
-    text = ", ".join(scores)
-    shortcut = report["shortcut"] or {}
-    if "numbers" in shortcut:
-        best = shortcut["number"]
-        baseline = baseline_text(f"{best} alone has", shortcut["numbers"][best])
-        text += f". Baseline: {baseline}"
-    columns = (report["confounders"] or {}).get("columns")
-    if columns:
-        text += f". Strongest column: {confounder_text(columns[0], report)}"
-    return f"{text}."
+def capitalised(text):
+    """Returns the text with a capital first letter; the other letters stay as they are."""
+    return text[:1].upper() + text[1:]

@@ -163,8 +163,7 @@ def quick(request, monkeypatch):
 def draw_nothing(monkeypatch):
     """Lets evaluate.py draw no picture, which would take most of the time of a small run."""
     monkeypatch.setattr(evaluate, "draw_pictures", lambda *_: None)
-    monkeypatch.setattr(evaluate, "draw_worst", lambda *_: None)
-    monkeypatch.setattr(evaluate, "PICTURES", {})
+    monkeypatch.setattr(evaluate, "draw_worst", lambda *_: ())
 
 
 @pytest.fixture(scope="session")

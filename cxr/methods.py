@@ -1,0 +1,327 @@
+"""The methods section of a paper, as far as a run can write it: results/methods.md and the page.
+
+report: the content of metrics.json. Facts that the report does not have are left out.
+"""
+
+import re
+import shlex
+from pathlib import Path
+
+from cxr.bootstrap import DRAWS
+from cxr.files import atomic_write
+from cxr.sentences import capitalised, list_versions
+
+# What the text form of a transform says, in words. The groups of a pattern fill in its numbers.
+CHANGES = {
+    r"RandomHorizontalFlip\(p=([\d.]+)": "mirrored with probability {}",
+    r"degrees=\[-[\d.]+, ([\d.]+)\]": "rotated by up to {} degrees",
+    r"translate=\(([\d.]+), [\d.]+\)": "shifted by up to {} of the width and height",
+    r"scale=\(([\d.]+), ([\d.]+)\)": "scaled by {} to {}",
+    r"brightness=\(([\d.]+), ([\d.]+)\)": "brightness multiplied by {} to {}",
+    r"contrast=\(([\d.]+), ([\d.]+)\)": "contrast multiplied by {} to {}",
+}
+SPLITS = {"train": "training", "val": "validation", "test": "test"}
+REFERENCES = (
+    "Wilson EB. Probable inference, the law of succession, and statistical inference. Journal of "
+    "the American Statistical Association 1927; 22: 209-212.",
+    "Rao JNK, Scott AJ. A simple method for the analysis of clustered binary data. Biometrics "
+    "1992; 48: 577-585.",
+    "Efron B. Better bootstrap confidence intervals. Journal of the American Statistical "
+    "Association 1987; 82: 171-185.",
+    "Donner A, Zou GY. Closed-form confidence intervals for functions of the normal mean and "
+    "standard deviation. Statistical Methods in Medical Research 2012; 21: 347-359.",
+    "Van Calster B, McLernon DJ, van Smeden M, Wynants L, Steyerberg EW. Calibration: the Achilles "
+    "heel of predictive analytics. BMC Medicine 2019; 17: 230.",
+)
+GUIDELINES = (
+    "CLAIM 2024: Tejani AS et al. Checklist for Artificial Intelligence in Medical Imaging "
+    "(CLAIM): 2024 update. Radiology: Artificial Intelligence 2024; 6: e240300.",
+    "TRIPOD+AI: Collins GS et al. TRIPOD+AI statement: updated guidance for reporting clinical "
+    "prediction models that use regression or machine learning methods. BMJ 2024; 385: e078378.",
+)
+# Subjects that both guidelines ask for, in our words.
+AUTHORS_ONLY = (
+    "the aim of the study, the intended use, and what the reader should do with the result",
+    "where and when the images were made, and which patients were included and excluded",
+    "the reference standard: who decided about the disease, from what, and how well readers agreed",
+    "the devices, views and acquisition of the images",
+    "age, sex and other characteristics of the patients in each set",
+    "missing data, and how names and other personal data were removed",
+    "why these numbers of patients are enough (sample size)",
+    "ethics approval and consent; registration and protocol",
+    "funding, competing interests, and where data and code can be found",
+    "involvement of patients and the public",
+    "limitations, fairness and consequences for practice",
+)
+
+
+def methods_paragraphs(report):
+    """Returns the methods section in plain English, as a list of paragraphs."""
+    model = report["model"] or {}
+    parts = [
+        [*image_sentences(report), *preparation_sentences(model)],
+        [*network_sentences(model), *training_sentences(model), *fitted_sentences(report)],
+        statistics_sentences(report),
+    ]
+    return [" ".join(sentences) for sentences in parts if sentences]
+
+
+def image_sentences(report):
+    """Describes the images, the patients and the split."""
+    model, split = report["model"] or {}, SPLITS[report["split"]]
+    negative, positive = report["classes"]
+    sentences = [f"Chest radiographs of two classes were used: {negative} and {positive}."]
+    sets = []
+    for name, n in (model.get("images") or {}).items():
+        patients = model.get(f"{name}_patients")
+        images = f"{n:,} images"
+        if patients:  # an earlier version did not write them
+            images += f" of {in_classes(patients)} patients"
+        sets.append(f"the {SPLITS[name]} set had {images}")
+    sets.append(
+        f"the {split} set had {report['n']:,} images of {in_classes(report['patients_by_class'])} "
+        "patients"
+    )
+    sentences.append(capitalised(f"{'; '.join(sets)}."))
+    unknown = report["names_without_patient"]
+    if unknown:
+        sentences.append(
+            f"The patient of {unknown:,} {split} images is unknown; each of these images counts as "
+            "one patient."
+        )
+    leaks = report["leaks"]
+    if leaks and leaks["known"] and report["split"] == "test":
+        shared = len(leaks["images"]), len(leaks["patients"])
+        if any(shared):
+            sentences.append(
+                f"{shared[0]:,} test images were also training or validation images, and "
+                f"{shared[1]:,} were of patients of these sets."
+            )
+        else:
+            sentences.append(
+                "No test image and no known patient of the test set was in the other sets."
+            )
+    n_left_out = sum(report["left_out"].values())
+    if n_left_out:
+        sentences.append(f"{n_left_out:,} images could not be read and were left out.")
+    return sentences
+
+
+def in_classes(counts):
+    """Formats {class: n} as "50 NORMAL and 43 PNEUMONIA"."""
+    return " and ".join(f"{n:,} {name}" for name, n in counts.items())
+
+
+def preparation_sentences(model):
+    """Describes how an image becomes the input of the network."""
+    transforms = model.get("transforms")
+    if not transforms:
+        return []
+    size = re.search(r"size=\[(\d+), (\d+)\]", transforms[0])
+    steps = ["Each image was converted to one grey channel"]
+    if size:
+        steps.append(f"resized to {size[1]} by {size[2]} pixels without cropping")
+    window = model.get("window")
+    if window:
+        steps.append(
+            f"stretched between its {ordinal(window)} and {ordinal(100 - window)} percentile of "
+            "grey levels"
+        )
+    mean = "the mean and standard deviation of ImageNet" if "0.485" in transforms[-1] else ""
+    steps.append(f"normalised with {mean or 'the values of its pretraining'}")
+    return [f"{', '.join(steps[:-1])}, and {steps[-1]}."]
+
+
+def ordinal(number):
+    """Formats a percentile: 2nd, 98th, 2.5th."""
+    text = f"{number:g}"
+    endings = {"1": "st", "2": "nd", "3": "rd"}
+    ending = endings.get(text[-1], "th") if text.isdecimal() and text[-2:-1] != "1" else "th"
+    return text + ending
+
+
+def network_sentences(model):
+    """Describes the network, its weights, and which part of it was trained."""
+    if not model.get("arch"):
+        return []
+    weights = model.get("weights")
+    kinds = {
+        None: "weights of unknown origin",
+        "imagenet": "weights pretrained on ImageNet (the default weights of torchvision)",
+        "random": "random weights, without pretraining",
+    }
+    origin = kinds.get(weights) or f"pretrained weights from the file {Path(weights).name}"
+    sentences = [f"The network was {model['arch']} with {origin}."]
+    if model.get("flags"):  # train.py made it
+        sentences.append(
+            "Its weights were frozen, and one output neuron (logistic regression) was trained on "
+            "its features, which were standardised with mean and standard deviation of the "
+            "training images."
+        )
+    tuning = model.get("fine_tuning") or {}
+    if tuning.get("is_saved"):
+        sentences.append(
+            f"Afterwards the network was fine-tuned from {tuning['unfreeze']} on; the validation "
+            f"loss fell from {tuning['frozen_val_loss']:.3f} to {tuning['val_loss']:.3f}."
+        )
+    return sentences
+
+
+def training_sentences(model):
+    """Describes loss, optimizer, data augmentation and model selection."""
+    flags = model.get("flags")
+    if not flags:
+        return []
+    decay = flags.get("weight_decay")
+    optimizer = f"learning rate {flags['lr']:g}, batches of {flags['batch_size']} images"
+    optimizer += f", weight decay {decay:g}" if decay else ""
+    stop = f"training stopped after {flags['patience']} epochs without a lower validation loss"
+    if not flags["patience"]:
+        stop = "training did not stop early"
+    sentences = [
+        "Binary cross-entropy, in which both classes had the same total weight, was minimised "
+        f"with Adam ({optimizer}) for at most {flags['epochs']} epochs. The learning rate was "
+        f"halved when the validation loss no longer fell, and {stop}."
+    ]
+    n_views = flags["views"]
+    if n_views > 1:
+        views = "itself and its mirror image"
+        if n_views > 2:
+            views = f"itself, its mirror image and {n_views - 2} random changes of it"
+            views += f" ({changes_in_words(model)})"
+        sentences.append(f"Each epoch used one of {n_views} views of every image: {views}.")
+    selected = f"the epoch with the lowest validation loss ({model['val_loss']:.3f}) was kept"
+    if flags.get("seeds", 1) > 1:
+        selected += f" in each of {flags['seeds']} trainings with other seeds, and the mean of "
+        selected += "these output neurons is the model"
+    else:
+        selected += f", which was epoch {model['epoch']}"
+    return [*sentences, capitalised(f"{selected}.")]
+
+
+def changes_in_words(model):
+    """Describes the random changes of the data augmentation."""
+    augmentation = (model.get("transforms") or ["", ""])[1]
+    found = []
+    for pattern, words in CHANGES.items():
+        match = re.search(pattern, augmentation)
+        if match:
+            found.append(words.format(*(f"{float(number):g}" for number in match.groups())))
+    return ", ".join(found) or augmentation
+
+
+def fitted_sentences(report):
+    """Describes calibration and threshold."""
+    model, sentences = report["model"] or {}, []
+    slope, intercept = model.get("slope"), model.get("intercept")
+    if slope is not None and (slope, intercept) != (1, 0):
+        sentences.append(
+            "The probabilities were calibrated on the validation set by Platt scaling (slope "
+            f"{slope:.3f}, intercept {intercept:.3f})."
+        )
+    rule = model.get("threshold_rule") or ""
+    origin = "was set when the images were scored"
+    if report["threshold_from"] != "--threshold":
+        origin = {
+            "fixed": "was fixed in advance",
+            "youden": "maximised Youden's index on the validation set",
+            "": "was the default",
+        }.get(rule) or f"reached {rule.replace('=', ' ')} on the validation set"
+    threshold = f"{report['threshold']:.4g}"
+    sentences.append(
+        f"An image counted as {report['classes'][1]} if its probability was above {threshold}; "
+        f"this threshold {origin}."
+    )
+    return sentences
+
+
+def statistics_sentences(report):
+    """Describes the intervals, with the numbers of REFERENCES, and the versions of the packages."""
+    sentences = [
+        "All intervals are 95 % confidence intervals that allow for several images of one patient. "
+        "Accuracy, sensitivity, specificity, PPV and NPV have Wilson's score interval [1] with the "
+        "effective sample size of clustered data [2].",
+        "AUROC and average precision have a Student's t interval on the logit scale; its standard "
+        f"error comes from {DRAWS:,} bootstrap samples of patients, drawn within each class. F1 "
+        "and Brier score have the BCa interval [3] of the same samples.",
+        "PPV and NPV at other prevalences come from the likelihood ratios, with intervals by the "
+        "method of variance estimates recovery [4]. Calibration intercept and slope [5] have Wald "
+        "intervals clustered by patient.",
+    ]
+    if "numbers" in (report["shortcut"] or {}):
+        sentences.append(
+            "As a baseline, simple numbers of the images, such as the file size, predicted the "
+            "class; the AUROC of the network was compared with theirs in the same samples."
+        )
+    if report["comparison"]:
+        test = report["comparison"]["test"]
+        sentences.append(
+            "Two models were compared on the same images, by the differences of their scores in "
+            f"the same bootstrap samples and by the test of equal accuracy ({test})."
+        )
+    return [*sentences, f"Software: {list_versions(report['versions'])}."]
+
+
+def answered_subjects(report):
+    """Returns the subjects of CLAIM 2024 and TRIPOD+AI that the page and the paragraph answer."""
+    model = report["model"] or {}
+    subjects = ["the number of images and patients, and whether the sets share patients"]
+    if model.get("transforms"):
+        subjects.append("how the images were prepared")
+    if model.get("flags"):
+        subjects.append(
+            "the network, its initial weights, training, data augmentation, class imbalance, and "
+            "how the final model was chosen"
+        )
+    subjects += [
+        "calibration of the probabilities, and how the threshold was chosen",
+        "measures of performance with their uncertainty, and how it was computed",
+    ]
+    if report["subgroups"]:
+        subjects.append("performance in subgroups of patients")
+    if report["shortcut"] or report["confounders"]:
+        subjects.append("robustness: shortcuts, confounders, and images unlike the training images")
+    subjects += ["analysis of errors: the worst images", "software and versions"]
+    if report.get("also"):
+        subjects.append("testing on external data")
+    return subjects
+
+
+def unanswered_subjects(report):
+    """Returns the subjects of these guidelines that only the authors can answer."""
+    subjects = list(AUTHORS_ONLY)
+    if not report["subgroups"]:
+        subjects.append("performance in subgroups of patients (add columns to metadata.csv)")
+    if not report.get("also"):
+        subjects.append("testing on external data, of another hospital")
+    return subjects
+
+
+def write_methods(path, report):
+    """Writes methods.md: the paragraphs, their references, and the subjects of the guidelines."""
+    lines = ["# For your methods section", ""]
+    for paragraph in methods_paragraphs(report):
+        lines += [paragraph, ""]
+    lines += [f"{i}. {text}" for i, text in enumerate(REFERENCES, 1)]
+    lists = {
+        "What this answers of CLAIM 2024 and TRIPOD+AI": answered_subjects(report),
+        "What only you can answer": unanswered_subjects(report),
+        "The guidelines": GUIDELINES,
+    }
+    for heading, texts in lists.items():
+        lines += ["", f"## {heading}", "", *(f"- {text}" for text in texts)]
+    with atomic_write(path, "w") as file:
+        file.write("\n".join([*lines, ""]))
+
+
+def command_lines(report):
+    """Returns the command lines of the training, without paths, and of the scoring."""
+    words = ["train.py"]
+    for name, value in ((report["model"] or {}).get("flags") or {}).items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            words.append(flag)
+        elif value is not False and value != "None":
+            words += [flag, Path(str(value)).name]
+    training = [shlex.join(words)] if len(words) > 1 else []
+    return [f"python {line}" for line in (*training, *report["commands"])]
