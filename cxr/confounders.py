@@ -294,5 +294,5 @@ def confounder_warnings(found):
     auroc = format_interval(alarms[0]["auroc"])
     return [
         f"confounder: {names} alone predicts the class (AUROC {auroc}). The network may have "
-        "learned this instead of the disease: quote also its AUROC within strata, see Confounders"
+        "learned this instead of the disease: quote also its AUROC within strata of equal values"
     ]

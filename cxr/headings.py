@@ -11,6 +11,7 @@ from pathlib import Path
 from cxr.leaks import NO_RESULT
 from cxr.proportions import FEW_PATIENTS, format_interval
 from cxr.sentences import (
+    NAMES,
     allows_conclusions,
     baseline_text,
     capitalised,
@@ -24,6 +25,7 @@ from cxr.sentences import (
 SPLIT_NAMES = {"test": "test", "val": "validation", "train": "training"}
 ALIKE = 0.1  # groups whose scores differ by less, also at the ends of the interval, are alike
 ALL_NUMBERS = "all simple numbers of the images together"
+TOO_FEW = "too\u00a0few\u00a0to\u00a0say"  # spaces at which no line breaks
 NOT_BETTER = "the network is not clearly better than"
 
 # ---------------------------------------------------------------- the first lines
@@ -62,8 +64,8 @@ def doubts(report):
     reasons += report["warnings"]
     if allows_conclusions(report):
         reasons += [
-            f"{capitalised(NOT_BETTER)} {name}. {text}. So these images do not show that the "
-            "network recognises the disease."
+            f"{capitalised(NOT_BETTER)} {name}, which has {text}. So these images do not show that "
+            "the network recognises the disease."
             for name, text in equal_shortcuts(report)
         ]
     return reasons
@@ -78,12 +80,12 @@ def equal_shortcuts(report):
         for key, name in names.items():
             row = shortcut["numbers"][key]
             if row["network_is"] != "better":
-                found.append((name, f"{capitalised(name)}: {baseline_text(row)}"))
+                found.append((name, baseline_text(row)))
                 break  # one of them is enough
     for row in (report["confounders"] or {}).get("columns", []):
         if "difference" in row and not is_above_0(row["difference"]):
             name = f"the column {row['column']} alone"
-            found.append((name, f"{capitalised(name)}: {confounder_text(row, report)}"))
+            found.append((name, confounder_text(row, report)))
     return found
 
 
@@ -103,35 +105,51 @@ def counts_heading(report):
     return f"{positive} was found in {found} images, {negative} in {recognised}"
 
 
-def counts_sentences(report):
+def counts_sentence(report):
     """Returns the result in counts of images, with the shares and their intervals."""
     counts, metrics = report["counts"], report["metrics"]
     negative, positive = report["classes"]
-    tp, fp, tn, fn = (f"{counts[key]:,}" for key in ("tp", "fp", "tn", "fn"))
+    right = counts["tp"] + counts["tn"]
     n_positive, n_negative = counts["tp"] + counts["fn"], counts["tn"] + counts["fp"]
-    called_positive, called_negative = counts["tp"] + counts["fp"], counts["tn"] + counts["fn"]
-    text = {name: format_interval(metrics[name]) for name in metrics}
-    images = f"{report['n']:,} {SPLIT_NAMES[report['split']]} images"
     return (
-        f"Of {images} ({report['patients']:,} patients), {counts['tp'] + counts['tn']:,} were "
-        f"classified correctly: accuracy {text['accuracy']}. {positive} was found in {tp} of "
-        f"{n_positive:,} images (sensitivity {text['sensitivity']}), and {negative} was recognised "
-        f"in {tn} of {n_negative:,} (specificity {text['specificity']}). Of {called_positive:,} "
-        f"images called {positive}, {tp} are {positive} (PPV {text['ppv']}); of "
-        f"{called_negative:,} called {negative}, {tn} are {negative} (NPV {text['npv']}). "
-        f"{fn} images of {positive} were missed, and {fp} images of {negative} gave a false alarm."
+        f"Of {report['n']:,} {SPLIT_NAMES[report['split']]} images ({report['patients']:,} "
+        f"patients), {right:,} were classified correctly ({in_brackets(metrics, 'accuracy')}). "
+        f"{positive} was found in {counts['tp']:,} of {n_positive:,} images "
+        f"({in_brackets(metrics, 'sensitivity')}), and {negative} was recognised in "
+        f"{counts['tn']:,} of {n_negative:,} ({in_brackets(metrics, 'specificity')})."
+    )
+
+
+def predicted_sentence(report):
+    """Says how many of the images that were called positive, or negative, are so."""
+    counts, metrics = report["counts"], report["metrics"]
+    negative, positive = report["classes"]
+    n_positive, n_negative = counts["tp"] + counts["fp"], counts["tn"] + counts["fn"]
+    return (
+        f"Called {positive}: {n_positive:,}, of these correct: {counts['tp']:,} "
+        f"({in_brackets(metrics, 'ppv')}). Called {negative}: {n_negative:,}, of these correct: "
+        f"{counts['tn']:,} ({in_brackets(metrics, 'npv')})."
+    )
+
+
+def in_brackets(metrics, name):
+    """Formats a score for a text in brackets: "PPV 0.746, 95 % interval 0.621 to 0.840"."""
+    value, _, interval = format_interval(metrics[name]).partition(" ")
+    shown = NAMES.get(name, name)
+    return (
+        f"{shown} {value}, 95 % interval {interval.strip('()')}" if interval else f"{shown} {value}"
     )
 
 
 def threshold_heading(report):
-    """Returns what a positive result means if one of ten patients has the disease."""
+    """Returns the interval of the PPV for a clinic in which one of ten patients has the disease."""
     _, positive = report["classes"]
     row = next(row for row in report["elsewhere"] if row["prevalence"] == 0.1)
     ppv = row["ppv"]
     if ppv["value"] is None:
         return f"At this threshold no image is called {positive}, so no PPV can be computed"
-    value, low, high = (f"{100 * ppv[key]:.0f}" for key in ("value", "low", "high"))
-    correct = f"about {value} of 100 positive results are right ({low} to {high})"
+    low, high = (f"{100 * ppv[key]:.0f}" for key in ("low", "high"))
+    correct = f"{low} to {high} of 100 positive results are right"
     return f"If 10 % of the patients have {positive}, {correct}"
 
 
@@ -236,9 +254,13 @@ def leak_rows(report):
     leaks = report["leaks"]
     if not leaks or not leaks["known"]:
         text = "not tested: the images of the training are unknown"
-        return [("Images or patients of the training", text, "The scores may be too high.")]
+        return [("Images or patients that the network knows", text, "The scores may be too high.")]
     rows = []
-    for kind in ("images", "patients"):
+    names = {
+        "images": "Training or validation images among them",
+        "patients": "Images of patients of the training or validation",
+    }
+    for kind, name in names.items():
         numbers = leaks[kind]
         text = f"none of {leaks['n']:,} images"
         meaning = "The result is not inflated by this."
@@ -248,7 +270,7 @@ def leak_rows(report):
             example = number_label(numbers[0])
             text = f"{len(numbers):,} of {leaks['n']:,} images, for example {example}"
             meaning = f"{capitalised(NO_RESULT)}."
-        rows.append((f"{capitalised(kind)} of the training", text, meaning))
+        rows.append((name, text, meaning))
     return rows
 
 
@@ -310,9 +332,9 @@ def subgroup_rows(report):
         metric = {key: row[key] for key in ("value", "low", "high")}
         text = format_interval(row)
         if is_small(row):
-            metric, text = {"value": None, "low": None, "high": None}, "too few to say"
+            metric, text = {"value": None, "low": None, "high": None}, TOO_FEW
         name = f"{display_name(row['metric'])}, {row['group']}"
-        rows.append((name, f"n = {row['n']}", metric, text))
+        rows.append((name, f"n\u00a0=\u00a0{row['n']}", metric, text))
     return rows
 
 
@@ -336,6 +358,8 @@ def scores_heading(report):
 
 def pictures_heading(report):
     """Says how well the probabilities rank the images, and whether they are too high or low."""
+    if not allows_conclusions(report):
+        return "There are too few patients for the curves and the calibration to show anything"
     _, positive = report["classes"]
     auroc = report["metrics"]["auroc"]["value"]
     pairs = f"{100 * auroc:.0f}"
@@ -348,8 +372,8 @@ def pictures_heading(report):
 def calibration_in_words(report):
     """Says whether the probabilities are too high or too low on average."""
     intercept = report["calibration"]["intercept"]
-    if intercept["low"] is None or not allows_conclusions(report):
-        return "there are too few images to judge the size of the probabilities"
+    if intercept["low"] is None:
+        return "whether the probabilities are too high or too low could not be measured"
     if intercept["low"] > 0:
         return "the probabilities are too low"
     if intercept["high"] < 0:

@@ -237,6 +237,7 @@ def fitted_sentences(report):
 
 def statistics_sentences(report):
     """Describes the intervals, with the numbers of REFERENCES, and the versions of the packages."""
+    packages = {name: number for name, number in report["versions"].items() if name != "platform"}
     sentences = [
         "All intervals are 95 % confidence intervals that allow for several images of one patient. "
         "Accuracy, sensitivity, specificity, PPV and NPV have Wilson's score interval [1] with the "
@@ -259,7 +260,7 @@ def statistics_sentences(report):
             "Two models were compared on the same images, by the differences of their scores in "
             f"the same bootstrap samples and by the test of equal accuracy ({test})."
         )
-    return [*sentences, f"Software: {list_versions(report['versions'])}."]
+    return [*sentences, f"Software: {list_versions(packages)}."]
 
 
 def answered_subjects(report):
