@@ -53,7 +53,7 @@ def precision_recall(predictions, report):
     tensors = torch.from_numpy(probs), torch.from_numpy(labels)
     precision, recall, _ = tm.binary_precision_recall_curve(*tensors)
     # From each point to the next one, the curve runs horizontally, then vertically.
-    x, y = np.repeat(recall, 2)[1:], np.repeat(precision, 2)[:-1]
+    x, y = np.repeat(recall.numpy(), 2)[1:], np.repeat(precision.numpy(), 2)[:-1]
     share = labels.mean()
     metrics = report["metrics"]
     marks = [line(0, share, 1, share, "chance"), curve(x, y)]
@@ -71,9 +71,10 @@ def calibration(predictions, report):
         marks.append(text(mean, share["value"], n, "tick", dx=7, dy=-5))
     positive = report["classes"][1]
     intercept, slope = (format_interval(report["calibration"][k]) for k in ("intercept", "slope"))
-    title = f"Calibration: intercept {intercept}"
-    labels = (f"mean P({positive}) in the bin", f"share of {positive}, 95 % interval, n")
-    return plot("calibration", title, f"slope {slope}; dotted: ideal", labels, marks)
+    title = f"Calibration intercept {intercept}"
+    note = f"slope {slope}; dotted: ideal; with n"
+    labels = (f"mean P({positive}) in the bin", f"share of {positive}")
+    return plot("calibration", title, note, labels, marks)
 
 
 def scores(predictions, report):
@@ -86,6 +87,7 @@ def scores(predictions, report):
         np.histogram(probs[labels == label], N_BINS, (0, 1))[0] for label in (0, 1)
     )
     most = max(negative.max(), positive.max())
+    most += most % 2  # even, because half of it is a tick
     marks = [line(0, 0.5, 1, 0.5, "axis-line")]
     for i in range(N_BINS):
         marks.append(bar(i / N_BINS, 0.5, 1 / N_BINS, positive[i] / most / 2, "positive"))
@@ -96,7 +98,7 @@ def scores(predictions, report):
     marks.append(line(threshold, 0, threshold, 1, "chosen", id="chosen-threshold"))
     names = report["classes"]
     title = f"Probabilities of the images, threshold {threshold:.3g}"
-    y_ticks = {0: most, 0.25: f"{most / 2:.3g}", 0.5: 0, 0.75: f"{most / 2:.3g}", 1: most}
+    y_ticks = {0: most, 0.25: most // 2, 0.5: 0, 0.75: most // 2, 1: most}
     labels = (f"P({names[1]})", "images")
     return plot("scores", title, f"above: {names[1]}; below: {names[0]}", labels, marks, y_ticks)
 
