@@ -31,10 +31,10 @@ several = $(if $(findstring ',$(IMAGES))$(findstring ",$(IMAGES)),$(IMAGES),$(es
 images = $(if $(shell test -e $(call quote,$(IMAGES)) && echo yes),$(call quote,$(IMAGES)),$(several))
 launch = $(if $(GPUS),$(PY) -m torch.distributed.run --standalone --nproc-per-node $(GPUS),$(PY))
 
-.PHONY: FORCE help install split check train cv curve evaluate predict all demo test matrix fuzz bench lint clean
+.PHONY: FORCE help install split check train cv curve evaluate predict all demo test page-test matrix fuzz bench lint clean
 help:  ## this page
 	@echo "make TARGET [VARIABLE=value ...]"
-	@sed -n 's/^\([a-z]*\):.*## *\(.*\)/  \1 \2/p' Makefile | awk '{ t = $$1; sub(/^ *[a-z]+ /, ""); printf "  %-10s %s\n", t, $$0 }'
+	@sed -n 's/^\([a-z-]*\):.*## *\(.*\)/  \1 \2/p' Makefile | awk '{ t = $$1; sub(/^ *[a-z-]+ /, ""); printf "  %-10s %s\n", t, $$0 }'
 	@sed -n 's/^#= //p' Makefile
 #= Variables (a script's own default holds where one is not given):
 #=   DATA RUN MODEL RESULTS         folder of the images; RUN=name keeps model and report in runs/name/
@@ -86,6 +86,8 @@ demo: install  ## the whole chain on drawn radiographs, in demo/: needs neither 
 	@echo; echo "Next: put your own images into data/chestxrays/ (see README.md), then make check, then make all"
 test: lint  ## everything that is checked before a change lands
 	$(PY) -m pytest -q -n 2 --dist worksteal$(args)
+page-test: .venv/installed-tests  ## the report page in a browser (Chromium or Chrome); part of make test
+	$(PY) -m pytest -q -rs tests/test_browser.py$(args)
 matrix:  ## the tests with the oldest Python and lowest versions, and with the newest
 	tests/matrix.sh$(args)
 fuzz: .venv/installed-tests  ## minutes of damaged images, checkpoints and records, and kills at every step
