@@ -67,7 +67,7 @@ def calibration(predictions, report):
     """Draws the share of positive images against the mean probability, in ten bins."""
     marks = [line(0, 0, 1, 1, "chance")]
     for mean, share, n in calibration_bins(*as_arrays(predictions)):
-        marks.append(point({"value": mean, "low": mean, "high": mean}, share))
+        marks.append(point({"value": mean, "low": None, "high": None}, share))
         marks.append(text(mean, share["value"], n, "tick", dx=7, dy=-5))
     positive = report["classes"][1]
     intercept, slope = (format_interval(report["calibration"][k]) for k in ("intercept", "slope"))
@@ -144,7 +144,7 @@ def forest(rows, label):
     for name, note, metric, value_text in rows:
         keys = ("value", "low", "high")
         scaled = {k: None if metric[k] is None else (metric[k] - start) / length for k in keys}
-        half = {"value": 0.5, "low": 0.5, "high": 0.5}
+        half = {"value": 0.5, "low": None, "high": None}
         picture = element("svg", grid + point(scaled, half), height=30, aria_hidden="true")
         value, _, interval = value_text.partition(" ")
         cells = element("th", Markup("{} <small>{}</small>").format(name, note), scope="row")

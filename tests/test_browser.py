@@ -83,7 +83,6 @@ def results(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cxr.bootstrap, "DRAWS", 40)
         patch.setattr(evaluate, "draw_pictures", lambda *_: None)
-        patch.setattr(evaluate, "PICTURES", {})
         flags = ["--results-dir", folder / "results", "--threshold", 0.43712]
         evaluate.evaluate(["--from", source, *flags])
     return folder / "results"
