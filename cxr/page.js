@@ -129,8 +129,8 @@ function countPatients(scores, prevalence) {
   const alarms = Math.round((1000 - ill) * (1 - scores.specificity.value));
   const results = found + alarms;
   return {
-    ppv: `positive results among 1,000 patients: ${results}, correct: ${found}`,
-    npv: `negative results among 1,000 patients: ${1000 - results}, wrong: ${ill - found}`,
+    ppv: `${results} of 1,000 patients positive, ${found} correctly`,
+    npv: `${1000 - results} of 1,000 patients negative, ${1000 - ill - alarms} correctly`,
   };
 }
 

@@ -21,8 +21,8 @@ from cxr.scores import calibration_bins
 
 WIDTH, HEIGHT = 340, 350  # of a plot with its title and axis labels, in CSS pixels
 VIEW = f"0 0 {WIDTH} {HEIGHT}"
-LEFT, TOP = 52, 46  # the corner of the plot area
-AREA_WIDTH, AREA_HEIGHT = 276, 260
+LEFT, TOP = 58, 46  # the corner of the plot area
+AREA_WIDTH, AREA_HEIGHT = 270, 260
 TICKS = (0, 0.25, 0.5, 0.75, 1)
 N_BINS = 20  # of a histogram of probabilities
 TOLERANCE = 0.2  # pixels by which a curve with fewer points may differ from the full one
@@ -146,10 +146,11 @@ def forest(rows, label):
         scaled = {k: None if metric[k] is None else (metric[k] - start) / length for k in keys}
         half = {"value": 0.5, "low": None, "high": None}
         picture = element("svg", grid + point(scaled, half), height=30, aria_hidden="true")
-        value, _, interval = value_text.partition(" ")
+        value, _, interval = value_text.partition(" (")
+        small = element("small", f" ({interval}") if interval else ""
         cells = element("th", Markup("{} <small>{}</small>").format(name, note), scope="row")
         cells += element("td", picture, class_="plot")
-        cells += element("td", Markup("{} <small>{}</small>").format(value, interval))
+        cells += element("td", Markup("{}{}").format(value, small))
         table.append(element("tr", cells))
     marks = [text((x - start) / length, 0.3, f"{x:.3g}", "tick middle") for x in ticks]
     axis = element("svg", Markup().join(marks), height=20)
