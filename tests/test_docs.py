@@ -54,8 +54,8 @@ def test_every_target_and_variable_of_make_exists(page, make_help):
     # Commands stand in code, between backquotes or in indented lines.
     code = re.findall(r"`([^`]+)`|^    (.+)$", text_of(page), re.MULTILINE)
     commands = [" ".join(parts) for parts in code if re.search(r"\bmake [a-z]", " ".join(parts))]
-    targets = set(re.findall(r"\bmake ([a-z]+)", "\n".join(commands)))
-    assert targets <= set(re.findall(r"^  ([a-z]+) ", make_help, re.MULTILINE))
+    targets = set(re.findall(r"\bmake ([a-z-]+)", "\n".join(commands)))
+    assert targets <= set(re.findall(r"^  ([a-z-]+) ", make_help, re.MULTILINE))
     variables = set(re.findall(r"\b([A-Z][A-Z_]+)=", "\n".join(commands)))
     known = set(re.findall(r"\b[A-Z][A-Z_]+\b", make_help)) | PIP
     assert variables <= known
