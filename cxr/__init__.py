@@ -48,6 +48,10 @@ confounders  how well a column of metadata.csv or a DICOM value predicts the cla
 
 sentences    what screen and page say about a report
 
+headings     the headings of the page, and the rows of its plots of scores
+doubts       what speaks against a result, and whether the network is better than a shortcut
+methods      a methods section for a paper, written from a report
+
 page         the report as a web page; page.html is its template, and page.css its look
 screen       the report on the screen
 duplicates   reports copies of an image, and negatives

@@ -1,32 +1,18 @@
-"""What the page says about the numbers of a report: its headings, doubts and rows of tables.
+"""The headings of the page, and the rows of its plots of scores.
 
 Each heading states a result, and claims only what the intervals allow. report: the content of
 metrics.json.
 """
 
 import itertools
-import math
 from pathlib import Path
 
-from cxr.leaks import NO_RESULT
-from cxr.proportions import FEW_PATIENTS, format_interval
-from cxr.sentences import (
-    NAMES,
-    allows_conclusions,
-    baseline_text,
-    capitalised,
-    confounder_text,
-    display_name,
-    novelty_line,
-    number_label,
-    strata_text,
-)
+from cxr.proportions import FEW_PATIENTS, difference_interval, format_interval
+from cxr.sentences import NAMES, allows_conclusions, display_name
 
 SPLIT_NAMES = {"test": "test", "val": "validation", "train": "training"}
 ALIKE = 0.1  # groups whose scores differ by less, also at the ends of the interval, are alike
-ALL_NUMBERS = "all simple numbers of the images together"
 TOO_FEW = "too\u00a0few\u00a0to\u00a0say"  # spaces at which no line breaks
-NOT_BETTER = "the network is not clearly better than"
 
 # ---------------------------------------------------------------- the first lines
 
@@ -47,51 +33,6 @@ def origin_sentence(report):
         learned = " and ".join(f"{n[split]} {SPLIT_NAMES[split]} images" for split in n)
         network += f" was made with {learned}. It"
     return f"{network} was scored on {report['n']:,} images of {report['patients']:,} patients."
-
-
-def doubts(report):
-    """Returns reasons to doubt the result, as a list of sentences."""
-    random_weights = (report["model"] or {}).get("weights") == "random"
-    kinds = []
-    if report["drawn"]:
-        kinds.append("drawn images")
-    if random_weights:
-        kinds.append("random weights")
-    reasons = []
-    if kinds:
-        only_look = "this page shows what a report looks like, not how good the method is."
-        reasons.append(f"{' and '.join(kinds).capitalize()}: {only_look}")
-    reasons += report["warnings"]
-    if allows_conclusions(report):
-        reasons += [
-            f"{capitalised(NOT_BETTER)} {name}, which has {text}. So these images do not show that "
-            "the network recognises the disease."
-            for name, text in equal_shortcuts(report)
-        ]
-    return reasons
-
-
-def equal_shortcuts(report):
-    """Returns (name, result) of the baselines and columns that are about as good as the network."""
-    found = []
-    shortcut = report["shortcut"] or {}
-    if "numbers" in shortcut:
-        names = {shortcut["number"]: f"the {shortcut['number']} alone", "all numbers": ALL_NUMBERS}
-        for key, name in names.items():
-            row = shortcut["numbers"][key]
-            if row["network_is"] != "better":
-                found.append((name, baseline_text(row)))
-                break  # one of them is enough
-    for row in (report["confounders"] or {}).get("columns", []):
-        if "difference" in row and not is_above_0(row["difference"]):
-            name = f"the column {row['column']} alone"
-            found.append((name, confounder_text(row, report)))
-    return found
-
-
-def is_above_0(interval):
-    """Returns True if an interval {value, low, high} lies above 0."""
-    return interval["low"] is not None and interval["low"] > 0
 
 
 # ---------------------------------------------------------------- counts
@@ -141,6 +82,16 @@ def in_brackets(metrics, name):
     )
 
 
+def comparison_heading(comparison):
+    """Says which of two models has the higher AUROC. comparison: report["comparison"]."""
+    difference = comparison["difference"]["auroc"]
+    if difference["low"] is not None and difference["low"] > 0:
+        return "This model has a higher AUROC than the other one"
+    if difference["high"] is not None and difference["high"] < 0:
+        return "The other model has a higher AUROC than this one"
+    return "Neither model has a clearly higher AUROC than the other one"
+
+
 def threshold_heading(report):
     """Returns the interval of the PPV for a clinic in which one of ten patients has the disease."""
     _, positive = report["classes"]
@@ -151,127 +102,6 @@ def threshold_heading(report):
     low, high = (f"{100 * ppv[key]:.0f}" for key in ("low", "high"))
     correct = f"{low} to {high} of 100 positive results are right"
     return f"If 10 % of the patients have {positive}, {correct}"
-
-
-# ---------------------------------------------------------------- shortcuts
-
-
-def shortcut_heading(report):
-    """Says whether the network is better than all shortcuts that were tested."""
-    leaks = report["leaks"] or {}
-    if leaks.get("images") or leaks.get("patients"):
-        return "No test result: the network knows some of these images or patients"
-    if report["split"] != "test":
-        return "No test result: the model was made with these images"
-    tested = "numbers" in (report["shortcut"] or {})
-    columns = [r for r in (report["confounders"] or {}).get("columns", []) if "difference" in r]
-    if not tested and not columns:
-        return "It was not tested whether a shortcut does as well"
-    if not allows_conclusions(report):
-        return "There are too few patients to compare it with a shortcut"
-    equal = equal_shortcuts(report)
-    if equal:
-        return f"Better than a shortcut? {capitalised(NOT_BETTER)} {equal[0][0]}"
-    names = ["each simple number"] if tested else []
-    names += ["each column"] if columns else []
-    return f"The network is better than {' and '.join(names)} that was tested"
-
-
-def shortcut_rows(report):
-    """Returns the rows (what was tested, result, meaning) of the table of shortcuts."""
-    rows = [*baseline_rows(report), *confounder_rows(report)]
-    novelty = report["unlike"]
-    if novelty:
-        meaning = "There is no sign that the images come from another source than the training."
-        if novelty["elsewhere"]:
-            meaning = "The images seem to come from another source, so the threshold may not hold."
-        elif novelty["over"]:
-            meaning = "Look at these images first; their probabilities may be wrong."
-        rows.append(("Unlike the training images", novelty_line(novelty, number_label), meaning))
-    return rows + leak_rows(report)
-
-
-def baseline_rows(report):
-    """Returns the rows about simple numbers of the images, such as the file size."""
-    shortcut = report["shortcut"]
-    what = "Simple numbers of the images, such as the file size"
-    if not shortcut:
-        return []
-    if "none" in shortcut:
-        return [(what, f"not tested: {shortcut['none']}", "A shortcut may do as well.")]
-    best = shortcut["number"]
-    names = {best: f"{capitalised(best)} alone", "all numbers": capitalised(ALL_NUMBERS)}
-    rows = []
-    for key, name in names.items():
-        row = shortcut["numbers"][key]
-        rows.append((name, baseline_text(row), verdict(row["difference"], report)))
-    return rows
-
-
-def verdict(difference, report):
-    """Says in a sentence what the difference of the network to a shortcut means."""
-    if not allows_conclusions(report):
-        return "Too few patients to say which is better."
-    if is_above_0(difference):
-        return "The network recognises more than this."
-    if difference["value"] > 0:
-        return (
-            "The network is not clearly better. The classes differ in this, and the network may "
-            "have learned no more."
-        )
-    return "The network is not better than this. It may have learned no more."
-
-
-def confounder_rows(report):
-    """Returns the rows about columns of metadata.csv and DICOM values."""
-    found = report["confounders"]
-    if found is None:
-        return []
-    rows, others = [], []
-    for row in found["columns"]:
-        if "difference" not in row:
-            others.append(f"{row['column']} {format_interval(row['auroc'])}")
-            continue
-        meaning = verdict(row["difference"], report)
-        if row["alarm"]:
-            meaning += f" ALARM: quote also the AUROC within strata of {row['column']}."
-        text = f"{confounder_text(row, report)}; {strata_text(row)}"
-        rows.append((f"Column {row['column']} alone", text, meaning))
-    if others:
-        meaning = "They predict the class less well than the column above."
-        rows.append(("Other columns", f"AUROC {', '.join(others)}", meaning))
-    if found["left_out"]:
-        text = "; ".join(f"{name} ({reason})" for name, reason in found["left_out"].items())
-        rows.append(("Columns that were left out", text, "Nothing is known about them."))
-    if not rows:
-        meaning = "Whether age, sex, device or hospital predict the class was not tested."
-        rows.append(("Columns of metadata.csv and DICOM values", "none", meaning))
-    return rows
-
-
-def leak_rows(report):
-    """Returns the rows about images and patients that the network knows."""
-    leaks = report["leaks"]
-    if not leaks or not leaks["known"]:
-        text = "not tested: the images of the training are unknown"
-        return [("Images or patients that the network knows", text, "The scores may be too high.")]
-    rows = []
-    names = {
-        "images": "Training or validation images among them",
-        "patients": "Images of patients of the training or validation",
-    }
-    for kind, name in names.items():
-        numbers = leaks[kind]
-        text = f"none of {leaks['n']:,} images"
-        meaning = "The result is not inflated by this."
-        if kind == "patients" and report["names_without_patient"]:
-            meaning = f"Unknown for {report['names_without_patient']:,} images without a patient."
-        if numbers:
-            example = number_label(numbers[0])
-            text = f"{len(numbers):,} of {leaks['n']:,} images, for example {example}"
-            meaning = f"{capitalised(NO_RESULT)}."
-        rows.append((name, text, meaning))
-    return rows
 
 
 # ---------------------------------------------------------------- subgroups
@@ -315,14 +145,10 @@ def comparable_pairs(rows):
 def compare_groups(a, b):
     """Computes how much better one of two subgroups is. Returns {better, worse, value, low, high}.
 
-    The interval combines those of both groups with MOVER (Donner and Zou 2012), as if no patient
-    were in both.
+    The interval assumes that no patient is in both groups.
     """
     better, worse = (a, b) if a["value"] >= b["value"] else (b, a)
-    value = better["value"] - worse["value"]
-    down = math.hypot(better["value"] - better["low"], worse["high"] - worse["value"])
-    up = math.hypot(better["high"] - better["value"], worse["value"] - worse["low"])
-    return dict(better=better, worse=worse, value=value, low=value - down, high=value + up)
+    return {"better": better, "worse": worse} | difference_interval(better, worse)
 
 
 def subgroup_rows(report):
@@ -370,15 +196,19 @@ def pictures_heading(report):
 
 
 def calibration_in_words(report):
-    """Says whether the probabilities are too high or too low on average."""
-    intercept = report["calibration"]["intercept"]
-    if intercept["low"] is None:
-        return "whether the probabilities are too high or too low could not be measured"
+    """Says whether the probabilities are too high, too low, too extreme or too moderate."""
+    intercept, slope = report["calibration"]["intercept"], report["calibration"]["slope"]
+    if intercept["low"] is None or slope["low"] is None:
+        return "the calibration could not be measured"
     if intercept["low"] > 0:
         return "the probabilities are too low"
     if intercept["high"] < 0:
         return "the probabilities are too high"
-    return "the probabilities are not clearly too high or too low"
+    if slope["high"] < 1:
+        return "the probabilities are too extreme, too close to 0 or 1"
+    if slope["low"] > 1:
+        return "the probabilities are too moderate, too far from 0 and 1"
+    return "the probabilities show no clear error"
 
 
 def worst_heading(report, n_shown):
@@ -388,3 +218,12 @@ def worst_heading(report, n_shown):
         return f"No image was misclassified; these {n_shown} are nearest to the threshold"
     shown = f"these {n_shown} are the worst" if n_shown < wrong else "all are shown"
     return f"{wrong:,} images were misclassified; {shown}"
+
+
+def made_heading(report):
+    """Returns which network was trained when, as far as it is known."""
+    model = report["model"] or {}
+    date = (model.get("date") or "").partition(" ")[0]
+    parts = [model.get("arch"), f"trained on {date}" if date else None]
+    known = ", ".join(part for part in parts if part)
+    return f"How it was made: {known or 'the model is unknown'}"

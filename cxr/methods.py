@@ -70,7 +70,8 @@ def image_sentences(report):
     """Describes the images, the patients and the split."""
     model, split = report["model"] or {}, SPLITS[report["split"]]
     negative, positive = report["classes"]
-    sentences = [f"Chest radiographs of two classes were used: {negative} and {positive}."]
+    images = "Drawn images, which are no radiographs," if report["drawn"] else "Chest radiographs"
+    sentences = [f"{images} of two classes were used: {negative} and {positive}."]
     sets = []
     for name, n in (model.get("images") or {}).items():
         patients = model.get(f"{name}_patients")
@@ -282,7 +283,7 @@ def answered_subjects(report):
         subjects.append("performance in subgroups of patients")
     if report["shortcut"] or report["confounders"]:
         subjects.append("robustness: shortcuts, confounders, and images unlike the training images")
-    subjects += ["analysis of errors: the worst images", "software and versions"]
+    subjects += ["the number of errors of each kind", "software and versions"]
     if report.get("also"):
         subjects.append("testing on external data")
     return subjects

@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 import PIL.Image
 
-from cxr import headings, methods, sentences, svg
+from cxr import doubts, headings, methods, sentences, svg
 from cxr.files import atomic_write
 from cxr.maps import legend
 from cxr.proportions import format_interval
@@ -37,6 +37,7 @@ def write_page(folder, report, predictions, worst=()):
         report=report,
         negative=negative,
         positive=positive,
+        doubts=doubts,
         headings=headings,
         methods=methods,
         sentences=sentences,

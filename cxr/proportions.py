@@ -115,6 +115,22 @@ def ratio_interval(top, bottom):
     return {"value": value, "low": low, "high": high}
 
 
+def difference_interval(score, other):
+    """Computes score - other for two scores of different patients, each {value, low, high}.
+
+    All three are None if a value is None, low and high if a score has no interval. Method: MOVER
+    (Zou and Donner 2008). For two proportions it is method 10 of Newcombe (1998).
+    """
+    if score["value"] is None or other["value"] is None:
+        return {"value": None, "low": None, "high": None}
+    value = score["value"] - other["value"]
+    if score["low"] is None or other["low"] is None:
+        return {"value": value, "low": None, "high": None}
+    below = math.hypot(score["value"] - score["low"], other["high"] - other["value"])
+    above = math.hypot(score["high"] - score["value"], other["value"] - other["low"])
+    return {"value": value, "low": value - below, "high": value + above}
+
+
 def complement(share):
     """Returns 1 - share for a share with its interval, a dict {value, low, high}."""
     return {"value": 1 - share["value"], "low": 1 - share["high"], "high": 1 - share["low"]}

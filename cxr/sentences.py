@@ -66,9 +66,14 @@ def describe_images(report):
     unknown = report["names_without_patient"]
     if unknown:
         text += f"; images without a known patient: {unknown}, each counts as one patient"
-    if min(by_class.values()) < ROUGH_BELOW:
-        text += f"; fewer than {ROUGH_BELOW} patients in a class, so the intervals are rough"
-    return text
+    return "; ".join(filter(None, [text, rough_line(report)]))
+
+
+def rough_line(report):
+    """Says that the intervals are rough if a class has few patients; "" otherwise."""
+    if min(report["patients_by_class"].values()) >= ROUGH_BELOW:
+        return ""
+    return f"fewer than {ROUGH_BELOW} patients in a class, so the intervals are rough"
 
 
 def number_label(number):

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"train": train, "evaluate": evaluate, "split_val": split_val}
 CURVES = "roc", "precision_recall", "confusion", "reliability", "scores", "worst"
 PICTURES = {f"{name}.png" for name in CURVES}
-TABLES = {"metrics.json", "predictions.csv", "report.html"}
+TABLES = {"metrics.json", "methods.md", "predictions.csv", "report.html"}
 TINY = "--arch", "tinynet", "--weights", "random", "--views", "2"
 TINY_FAST = *TINY, "--lr", "0.1"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -68,6 +68,10 @@ def read_probs(path):
 
 def read_about(tmp_path):
     return json.loads((tmp_path / "model.json").read_text())
+
+
+def interval(value, low, high):
+    return {"value": value, "low": low, "high": high}
 
 
 def keep(data, count, split="test"):

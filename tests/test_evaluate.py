@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 import torch
 from faults import listing
-from helpers import PICTURES, plain_network, plain_pixels, read_probs, read_report, read_rows
+from helpers import (
+    PICTURES,
+    TABLES,
+    plain_network,
+    plain_pixels,
+    read_probs,
+    read_report,
+    read_rows,
+)
 from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
 
@@ -26,8 +34,7 @@ def test_a_run_prints_accuracy_first_and_writes_every_file(scored, trained):
     lines = [line for line in screen.splitlines() if not line.startswith(("Device: ", "Features"))]
     assert lines[0] == f"Test accuracy: {report['metrics']['accuracy']['value']:.3f}"
     assert lines[1] == f"Test F1-score: {report['metrics']['f1']['value']:.3f}"
-    tables = {"metrics.json", "predictions.csv", "report.html"}
-    assert {path.name for path in folder.iterdir()} == PICTURES | tables
+    assert {path.name for path in folder.iterdir()} == PICTURES | TABLES
     for name in PICTURES:
         with Image.open(folder / name) as picture:
             assert min(picture.size) > 300

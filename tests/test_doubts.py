@@ -1,0 +1,77 @@
+"""cxr/doubts.py: what speaks against a result, as far as the intervals say so."""
+
+import pytest
+from helpers import interval, read_report
+
+from cxr import doubts
+
+
+@pytest.fixture
+def report(scored):
+    return read_report(scored[0])
+
+
+@pytest.mark.parametrize(
+    ("low", "is_better", "expected"),
+    [
+        (0.01, "better", "The network is better than each simple number that was tested"),
+        (-0.01, "better, but this may be chance", "Better than a shortcut? The network is not cl"),
+    ],
+)
+def test_a_baseline_as_good_as_the_network_is_a_reason_to_doubt(report, low, is_better, expected):
+    row = {"auroc": 0.9, "difference": interval(0.03, low, 0.07), "network_is": is_better}
+    report["shortcut"] = {"number": "file size", "numbers": {"file size": row, "all numbers": row}}
+    assert doubts.shortcut_heading(report).startswith(expected)
+    rows = {what: meaning for what, _, meaning in doubts.shortcut_rows(report)}
+    reasons = [text for text in doubts.reasons_to_doubt(report) if "the file size alone" in text]
+    if low > 0:
+        assert rows["File size alone"] == "The network recognises more than this." and not reasons
+    else:
+        assert rows["File size alone"].startswith("The network is not clearly better.")
+        assert "has AUROC 0.900. Network minus this: 0.030 (95 % interval -0.010" in reasons[0]
+
+
+def test_a_leak_and_a_validation_set_are_no_test_result(report):
+    report["leaks"]["images"] = [3, 4]
+    assert doubts.shortcut_heading(report).startswith("No test result: the network knows")
+    rows = {what: text for what, text, _ in doubts.shortcut_rows(report)}
+    assert rows["Training or validation images among them"].startswith("2 of 24 images, for exampl")
+    report["leaks"]["images"], report["split"] = [], "val"
+    assert doubts.shortcut_heading(report).startswith("No test result: the model was made with")
+
+
+def test_a_column_with_an_alarm_says_what_to_quote(report):
+    within = interval(None, None, None) | {"n_used": 0, "n_strata": 2}
+    row = {"column": "site", "auroc": interval(0.98, 0.9, 0.99), "alarm": True, "within": within}
+    row["difference"] = interval(-0.2, -0.3, -0.1)
+    weak = {"column": "age", "auroc": interval(0.5, 0.4, 0.6), "alarm": False}
+    report["confounders"] = {"columns": [row, weak], "left_out": {"id": "one value"}}
+    rows = {what: (text, meaning) for what, text, meaning in doubts.shortcut_rows(report)}
+    text, meaning = rows["Column site alone"]
+    assert "AUROC 0.980 (0.900 to 0.990)" in text and "no stratum of site has both classes" in text
+    assert meaning.startswith("The network is not better than this.") and "ALARM" in meaning
+    assert rows["Other columns"][0] == "AUROC age 0.500 (0.400 to 0.600)"
+    assert rows["Columns that were left out"][0] == "id (one value)"
+    assert any(
+        "not clearly better than the column site alone" in x
+        for x in doubts.reasons_to_doubt(report)
+    )
+
+
+def test_the_next_step_is_the_one_that_must_come_first(report):
+    assert doubts.next_step(report).startswith("Train a network with pretrained weights")
+    report["drawn"], report["model"]["weights"] = False, "imagenet"
+    report["shortcut"] = {"none": "no training images"}
+    report["unlike"] = report["confounders"] = None
+    assert doubts.next_step(report).startswith("Score images of another hospital")
+    row = {"auroc": 0.9, "difference": interval(0.03, -0.01, 0.07), "network_is": "NOT BETTER"}
+    report["shortcut"] = {"number": "file size", "numbers": {"file size": row}}
+    assert "whose classes do not differ in the file size, and score" in doubts.next_step(report)
+    report["unlike"] = {"elsewhere": True}
+    assert doubts.next_step(report).startswith("Find out how these images differ")
+    report["patients_by_class"]["NORMAL"] = 9
+    assert doubts.next_step(report) == "Collect images of more patients."
+    report["leaks"]["patients"] = [3]
+    assert doubts.next_step(report).startswith("Separate the patients of the test set")
+    report["split"] = "val"
+    assert doubts.next_step(report).startswith("Score a test set that played no part")

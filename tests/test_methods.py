@@ -1,0 +1,98 @@
+"""cxr/methods.py: the methods section says what this run did, and nothing that it does not know."""
+
+import re
+
+import pytest
+from helpers import read_report
+
+from cxr.methods import (
+    answered_subjects,
+    command_lines,
+    methods_paragraphs,
+    unanswered_subjects,
+    write_methods,
+)
+
+
+@pytest.fixture
+def report(scored):
+    return read_report(scored[0])
+
+
+def test_the_paragraphs_describe_images_network_training_and_statistics(report):
+    images, training, statistics = methods_paragraphs(report)
+    assert images.startswith("Drawn images, which are no radiographs, of two classes were used")
+    report["drawn"] = False
+    assert methods_paragraphs(report)[0].startswith("Chest radiographs of two classes were used: N")
+    assert "The training set had 40 images of 20 NORMAL and 20 PNEUMONIA patients;" in images
+    assert "the validation set had 24 images of 12 NORMAL and 12 PNEUMONIA patients" in images
+    assert "No test image and no known patient of the test set was in the other sets." in images
+    assert "resized to 224 by 224 pixels without cropping, stretched between its 2nd and" in images
+    assert "98th percentile of grey levels, and normalised with the mean and standard" in images
+    assert "The network was tinynet with random weights" in training
+    assert "Adam (learning rate 0.1, batches of 32 images) for at most 50 epochs" in training
+    assert "Each epoch used one of 2 views of every image: itself and its mirror image" in training
+    assert f"which was epoch {report['model']['epoch']}." in training
+    assert "calibrated on the validation set by Platt scaling" in training
+    assert "was above 0.5; this threshold was fixed in advance." in training
+    assert "Wilson's score interval [1]" in statistics and "torchmetrics" in statistics
+
+
+def test_choices_of_the_training_change_the_paragraph(report):
+    model = report["model"]
+    model["flags"] |= {"views": 8, "seeds": 10, "patience": 0, "weight_decay": 0.01}
+    model |= {"window": 0, "slope": 1, "intercept": 0, "threshold_rule": "youden"}
+    model["fine_tuning"] = {
+        "is_saved": True, "unfreeze": "layer4", "frozen_val_loss": 0.2, "val_loss": 0.15
+    }  # fmt: skip
+    images, training, _ = methods_paragraphs(report)
+    assert "percentile" not in images and "Platt" not in training
+    assert "6 random changes of it (mirrored with probability 0.5, rotated by up to 10 " in training
+    assert "brightness multiplied by 0.8 to 1.2, contrast multiplied by 0.65 to 1.35)" in training
+    assert "in each of 10 trainings with other seeds, and the mean" in training
+    assert "weight decay 0.01" in training and "training did not stop early" in training
+    assert "maximised Youden's index on the validation set" in training
+    assert "fine-tuned from layer4 on; the validation loss fell from 0.200 to 0.150" in training
+    report["threshold_from"] = "--threshold"
+    assert "was set when the images were scored" in methods_paragraphs(report)[1]
+    model["fine_tuning"]["is_saved"] = False
+    assert "fine-tuned" not in methods_paragraphs(report)[1]
+
+
+def test_leaks_and_unknown_patients_are_told(report):
+    report["leaks"]["images"], report["leaks"]["patients"] = [1, 2], [1, 2, 3]
+    report["names_without_patient"], report["left_out"] = 5, {"train/NORMAL": 2}
+    images = methods_paragraphs(report)[0]
+    assert "2 test images were also training or validation images, and 3 were of patients" in images
+    assert "No test image" not in images and "The patient of 5 test images is unknown" in images
+    assert "2 images could not be read and were left out." in images
+
+
+def test_a_table_without_a_model_has_a_methods_section_without_a_network(report, tmp_path):
+    report["model"], report["leaks"], report["commands"] = None, None, []
+    images, threshold, _ = methods_paragraphs(report)
+    assert "The test set had 24 images" in images and "No test image" not in images
+    assert threshold.startswith("An image counted as PNEUMONIA")
+    assert command_lines(report) == []
+    write_methods(tmp_path / "methods.md", report)
+    assert "tinynet" not in (tmp_path / "methods.md").read_text()
+
+
+def test_each_subject_is_answered_by_the_page_or_left_to_the_authors(report):
+    answered, open_subjects = answered_subjects(report), unanswered_subjects(report)
+    assert any("ethics" in text for text in open_subjects)
+    assert any("reference standard" in text for text in open_subjects)
+    assert any("external data" in text for text in open_subjects)
+    report["also"], report["subgroups"] = [{}], {}
+    assert "testing on external data" in answered_subjects(report)
+    assert not any("external data" in text for text in unanswered_subjects(report))
+    assert any("metadata.csv" in text for text in unanswered_subjects(report))
+    assert not re.search(r"item \d", " ".join(answered + open_subjects))
+
+
+def test_the_command_lines_have_no_folder_of_an_absolute_path(report):
+    training, scoring = command_lines(report)
+    assert training.startswith("python train.py ") and "--arch tinynet" in training
+    assert "--patience 5" in training and "--lr 0.1" in training
+    assert scoring.startswith("python evaluate.py --data-dir chestxrays --checkpoint model.pth")
+    assert "/" not in training + scoring
