@@ -119,7 +119,8 @@ function prevalenceAt(position) {
 }
 
 function countImages({ correct, n }, name) {
-  return `${correct} of ${n} ${name} images correct, ${n - correct} wrong`;
+  const [right, all, wrong] = [correct, n, n - correct].map((count) => count.toLocaleString("en"));
+  return `${right} of ${all} ${name} images correct, ${wrong} wrong`;
 }
 
 // Says how many of 1,000 patients would get which result.

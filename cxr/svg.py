@@ -96,11 +96,13 @@ def scores(predictions, report):
     threshold = report["threshold"]
     marks.append(line(threshold, 0, threshold, 1, "threshold"))
     marks.append(line(threshold, 0, threshold, 1, "chosen", id="chosen-threshold"))
-    names = report["classes"]
-    title = f"Probabilities of the images, threshold {threshold:.3g}"
+    negative_name, positive_name = report["classes"]
+    # Where the bars of the class are low.
+    marks.append(text(0.03, 0.93, positive_name, "positive"))
+    marks.append(text(0.97, 0.04, negative_name, "negative end"))
+    title, note = "Probabilities by class", f"dashed: threshold {threshold:.3g}"
     y_ticks = {0: most, 0.25: most // 2, 0.5: 0, 0.75: most // 2, 1: most}
-    labels = (f"P({names[1]})", "images")
-    return plot("scores", title, f"above: {names[1]}; below: {names[0]}", labels, marks, y_ticks)
+    return plot("scores", title, note, (f"P({positive_name})", "images"), marks, y_ticks)
 
 
 # ---------------------------------------------------------------- several sources, many scores
@@ -189,7 +191,7 @@ def plot(name, title, note, axis_labels, marks, y_ticks=None):
     x_middle, y_middle = LEFT + AREA_WIDTH / 2, TOP + AREA_HEIGHT / 2
     turned = f"translate(13 {y_middle:g}) rotate(-90)"
     parts = [
-        element("title", f"{title}; {note}"),
+        element("title", f"{title}; {note}; {y_label} against {x_label}"),
         element("text", title, x=6, y=16, class_="title"),
         element("text", note, x=6, y=34, class_="tick"),
         area,
