@@ -18,18 +18,23 @@ MOST_DOTS = 300  # of a class; for more images, a bar takes the place of the dot
 WORST_BYTES = 140_000  # of all pictures of the worst images together; as text a third more
 
 
-def write_page(folder, report, predictions, worst=()):
-    """Writes report.html, one file that contains everything, and methods.md.
-
-    predictions: of readable images; worst: the result of draw_worst in cxr/plots.py.
-    """
-    environment = jinja2.Environment(
+def template_environment():
+    """Returns the jinja2 environment of the templates in this folder."""
+    return jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,  # names of classes, files and columns may contain "<"
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def write_page(folder, report, predictions, worst=()):
+    """Writes report.html, one file that contains everything, and methods.md.
+
+    predictions: of readable images; worst: the result of draw_worst in cxr/plots.py.
+    """
+    environment = template_environment()
     environment.filters["display_name"] = sentences.display_name
     environment.filters["format_interval"] = format_interval
     negative, positive = report["classes"]
