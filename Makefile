@@ -73,7 +73,7 @@ curve: install  ## how much more images would help: the scores with 25, 50, 100 
 	$(launch) train.py --folds 10 --repeats 5 --sizes 25,50,100,200$(train_flags)$(args)
 evaluate: install  ## score the test images: metrics, predictions, pictures
 	$(PY) evaluate.py$(run_flags)$(args)
-predict: install  ## classify IMAGES="scan.png folder/"
+predict: install  ## classify IMAGES="scan.png folder/": a table and a page
 	$(PY) evaluate.py$(run_flags)$(args) $(if $(IMAGES),$(images),$(error which images? make predict IMAGES="scan.png folder/"))
 all: install  ## check, split, train, evaluate
 	$(PY) split_val.py$(split_flags) --check-first$(all_args)

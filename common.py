@@ -305,12 +305,16 @@ class Views(Dataset):
             return i, zeros, explain_unreadable(xray.path, error)
 
 
-def extract_features(backbone, xrays, args, *, n_views, window, device, dtype, compiled=False):
+def extract_features(
+    backbone, xrays, args, *, n_views, window, device, dtype, compiled=False, see=None
+):
     """Computes the features of the first views of each image, or loads them from the cache.
 
     Returns (features (N, n_views, width) in `dtype` on the CPU, the N readable Xrays, {path:
     reason} of the unreadable ones). Without --skip-bad, raises Failure if an image with a label is
     unreadable.
+    see: function that is called with (Xray, view 0 as uint8 (SIZE, SIZE)) for each image that is
+    decoded here. Images in the cache are not decoded.
     """
     rank, world = rank_and_world()
     batch_size = args.feature_batch_size or BATCH_SIZES[device.type]
@@ -326,7 +330,7 @@ def extract_features(backbone, xrays, args, *, n_views, window, device, dtype, c
         missing = cache.load(features, xrays, rows) if cache else rows
         views = Views([xrays[row] for row in missing], n_views, window)
         unreadable = {}
-        options = (batch_size, args.workers, device, dtype, compiled)
+        options = (batch_size, args.workers, device, dtype, compiled, see)
         for i, vectors, reason in run_network(backbone, views, *options):
             xray = views.xrays[i]
             if reason:
@@ -403,12 +407,13 @@ def run_network(
     compiled=False,
     fused=True,
     title="Features",
+    see=None,
 ):
     """Yields (i, features (n_views, width) in `dtype` on the CPU, reason) for each item of `views`.
 
     batch_size: views per batch; workers: of --workers; compiled, fused: see prepare_network; title:
-    what is computed. reason: why the image could not be read, "" if it could. Raises Failure if the
-    device or a worker process fails.
+    what is computed; see: as in extract_features. reason: why the image could not be read, "" if it
+    could. Raises Failure if the device or a worker process fails.
     """
     if len(views) == 0:
         return
@@ -422,6 +427,8 @@ def run_network(
             network = prepare_network(backbone.network, device, dtype, compiled, fused)
             images_per_batch = max(1, batch_size // views.n_views)
             batches = load_batches(views, images_per_batch, workers, device)
+            if see:
+                batches = show_images(batches, views, see)
             computed = compute_batches(
                 network, backbone.normalize, batches, batch_size, device, dtype
             )
@@ -444,6 +451,15 @@ def run_network(
     seconds = time.perf_counter() - start
     speed = f"{total / seconds:.0f} views per second ({str(dtype).removeprefix('torch.')})"
     progress(f"{title}: computed {len(views)} images, {total} views in {seconds:.1f} s, {speed}")
+
+
+def show_images(batches, views, see):
+    """Yields the batches, after a call of see(Xray, view 0) for each image that could be read."""
+    for indexes, pixels, reasons in batches:
+        for i, image, reason in zip(indexes.tolist(), pixels, reasons, strict=True):
+            if not reason:
+                see(views.xrays[i], image[0, 0].numpy())
+        yield indexes, pixels, reasons
 
 
 def compute_batches(network, normalize, batches, batch_size, device, dtype):

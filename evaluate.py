@@ -2,8 +2,8 @@
 
 Reads model.pth and model.json. Writes report.html, methods.md, metrics.json, predictions.csv and
 six pictures into results/; the scores have 95 % intervals. For new images it writes
-new_predictions.csv. With --from, it scores an earlier predictions.csv again, without images, and
-prints only.
+new_predictions.csv and the page new_predictions.html. With --from, it scores an earlier
+predictions.csv again, without images, and prints only.
 
     python evaluate.py
     python evaluate.py scan.png folder/ --cam maps/
@@ -33,7 +33,7 @@ from cxr.cli import Parser, add_flags, add_network_flags, call, class_name, numb
 from cxr.compare import compare, match_predictions
 from cxr.errors import Failure, as_typed, warn
 from cxr.files import check_writable, hash_file, printable, read_json, versions, write_json
-from cxr.films import lateral_warnings
+from cxr.films import find_lateral, lateral_warnings
 from cxr.folders import (
     CLASSES,
     DRAWN,
@@ -43,6 +43,7 @@ from cxr.folders import (
     in_words,
     list_images,
 )
+from cxr.gallery import LIMIT, Thumbnails, choose_images, write_gallery
 from cxr.leaks import find_leaks, leak_warnings, list_training_xrays
 from cxr.maps import class_maps, write_overlays
 from cxr.novelty import measure_novelty, novelty_warnings
@@ -71,7 +72,7 @@ from cxr.scores import (
     measure_subgroups,
     score,
 )
-from cxr.screen import print_report, print_warnings
+from cxr.screen import name_label, print_report, print_warnings
 from cxr.sentences import number_label
 from cxr.transforms import compare_transforms
 
@@ -226,16 +227,17 @@ def choose_threshold(args, info, source):
 # ---------------------------------------------------------------- predictions
 
 
-def predict(model, xrays, names, args):
+def predict(model, xrays, names, args, see=None):
     """Predicts images, in float32 on every device.
 
-    names: of the images in the table. Unreadable images have a row with their error.
+    names: of the images in the table; see: as in common.extract_features. Unreadable images have a
+    row with their error.
     Returns (predictions, a DataFrame as in cxr/predictions.py; novelty of all images together, or
     None).
     """
     options = {"n_views": 1, "window": model.info.get("window", 0), "device": model.device}
     features, _, unreadable = common.extract_features(
-        model.backbone, xrays, args, dtype=torch.float32, **options
+        model.backbone, xrays, args, dtype=torch.float32, see=see, **options
     )
     features = features[:, 0]  # of the only view, the image as it is
     probs = model.head(features).squeeze(1).sigmoid()
@@ -475,29 +477,44 @@ def describe_origin(args, model, predictions, xrays, rows, novelty):
 def classify_new(args):
     """Classifies new images: files, and the images directly inside folders.
 
-    The table has a row for each image. Returns it, a DataFrame with the columns of
-    new_predictions.csv. Without --skip-bad, raises Failure at the end, whose result is the table,
-    if an image could not be read.
+    Writes the table, which has a row for each image, and the page. Returns the table, a DataFrame
+    with the columns of new_predictions.csv. Without --skip-bad, raises Failure at the end, whose
+    result is the table, if an image could not be read.
     """
     model = load_model(args.checkpoint, args.device, args.arch, args.classes)
     classes = model.info["classes"]
     xrays = list_named_images(args.images, classes)
-    path = args.results_dir / "new_predictions.csv"
-    check_outputs(args, model, path.name)
+    path, page = (args.results_dir / f"new_predictions.{suffix}" for suffix in ("csv", "html"))
+    check_outputs(args, model, path.name, page.name)
     names = [printable(xray.path) for xray in xrays]
-    predictions, novelty = predict(model, xrays, names, args)
+    thumbnails = Thumbnails()
+    # Of very many images, the page shows few: it decodes these again.
+    see = thumbnails.add if len(xrays) <= 10 * LIMIT else None
+    predictions, novelty = predict(model, xrays, names, args, see)
     info_file = args.checkpoint.with_suffix(".json")
     threshold, threshold_from = choose_threshold(args, model.info, info_file)
     replaced = "; it replaced an earlier one" if path.exists() else ""
     write_predictions(path, predictions, threshold, classes)
     print(f"Model {args.checkpoint}, threshold {threshold:.4g} ({threshold_from})\n")
     print_predictions(predictions, threshold, classes)
-    for text in model.warnings + novelty_warnings(novelty) + lateral_warnings(xrays):
+    warnings, lateral = model.warnings + novelty_warnings(novelty), find_lateral(xrays)
+    for text in warnings + lateral_warnings(lateral, len(xrays), name_label(predictions)):
         warn(text)
     if args.cam:
         views = readable_views(model, xrays, predictions)
-        write_overlays(args.cam, model, views, drop_unreadable(predictions))
+        readable = drop_unreadable(predictions)
+        write_overlays(args.cam, model, views, readable, thumbnails.add)
+    report = {
+        "classes": classes,
+        "model": describe_model(args.checkpoint, model.info),
+        "threshold": threshold,
+        "threshold_from": threshold_from,
+        "warnings": warnings + lateral_warnings(lateral, len(xrays), number_label),
+    }
+    add_missing_thumbnails(thumbnails, model, xrays, predictions, threshold, args)
+    write_gallery(page, report, predictions, xrays, thumbnails)
     print(f"\nWrote {path}{replaced}")
+    print(f"The page to look at (it shows X-rays): {page}")
     table = predictions.assign(prediction=predicted_classes(predictions, threshold, classes))
     bad = predictions[predictions["error"] != ""]
     if len(bad) and not args.skip_bad:
@@ -507,6 +524,15 @@ def classify_new(args):
         message = f"{what}; {path} lists all. Repair or remove them, or {advice}"
         raise Failure(message, result=table)
     return table
+
+
+def add_missing_thumbnails(thumbnails, model, xrays, predictions, threshold, args):
+    """Decodes the images of the page whose features come from the cache, for their thumbnails."""
+    shown = [xrays[number - 1] for number in choose_images(predictions, threshold)["number"]]
+    missing = [xray for xray in shown if xray.path not in thumbnails.images]
+    if missing:
+        views = common.Views(missing, 1, model.info.get("window", 0))
+        thumbnails.add_all(views, args.workers, model.device)
 
 
 def print_predictions(predictions, threshold, classes):

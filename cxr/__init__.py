@@ -57,6 +57,7 @@ screen       the report on the screen
 duplicates   reports copies of an image, and negatives
 
 check        the report of split_val.py --check
+gallery      the page of new images (gallery.html is its template)
 
 The blank lines separate levels. Outside of this package: common.py has the data augmentation, the
 device, the frozen network and the pass from images to features. train.py has the training loop, the

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 
 from cxr.decode import CAPTURES
+from cxr.errors import SHOWN
 from cxr.patients import read_tags
 
 TAGS = ("ViewPosition", "Modality", "BurnedInAnnotation")  # of DICOM
@@ -79,11 +80,21 @@ def find_unusual(examined):
     return entries, [], warnings
 
 
-def lateral_warnings(xrays):
-    """Returns a warning that names the lateral images among new ones."""
-    lateral = [str(xray.path) for xray in xrays if is_lateral(xray, read_tags(xray.path, *TAGS))]
+def find_lateral(xrays):
+    """Returns the numbers, from 1, of the lateral images among new ones."""
+    numbered = enumerate(xrays, 1)
+    return [number for number, xray in numbered if is_lateral(xray, read_tags(xray.path, *TAGS))]
+
+
+def lateral_warnings(lateral, n_images, label):
+    """Returns a warning if new images are lateral.
+
+    lateral: their numbers; label: function that returns how a number is shown.
+    """
     if not lateral:
         return []
-    names = ", ".join(lateral[:5]) + (", ..." if len(lateral) > 5 else "")
-    what = f"lateral images: {len(lateral)} of {len(xrays)} ({names})"
+    examples = ", ".join(label(number) for number in lateral[:SHOWN])
+    if len(lateral) > SHOWN:
+        examples += ", ..."
+    what = f"lateral images: {len(lateral)} of {n_images} ({examples})"
     return [f"{what}. The network is made for frontal images: do not use these results"]

@@ -53,7 +53,8 @@ def test_results_is_the_folder_if_none_is_named_and_with_from_only_if_it_is_name
     image, _ = list_split(split_phantoms, "test", CLASSES)[0]
     flags = ["--checkpoint", trained / "model.pth", "--cache-dir", trained / "cache"]
     assert evaluate.main([str(flag) for flag in (image, *flags, "--device", "cpu")]) == 0
-    assert [path.name for path in (tmp_path / "results").iterdir()] == ["new_predictions.csv"]
+    written = {path.name for path in (tmp_path / "results").iterdir()}
+    assert written == {"new_predictions.csv", "new_predictions.html"}
     assert evaluate.main(["--from", str(scored[0]), "--results-dir", "results"]) == 0
     assert (tmp_path / "results" / "metrics.json").exists()
 
