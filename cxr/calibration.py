@@ -50,20 +50,35 @@ def sandwich_errors(x, labels, probs, patients):
     return np.sqrt(np.diag(variance))
 
 
+def platt_targets(labels):
+    """Returns what the probabilities of Platt scaling are fitted to, float64 (n,).
+
+    labels: (n,), 0 or 1, of torch or numpy. Source: Platt (1999).
+    """
+    n_positive = int(labels.sum())
+    # Targets other than 0 and 1 keep the result finite if the logits separate the classes.
+    positive_target = (n_positive + 1) / (n_positive + 2)
+    negative_target = 1 / (len(labels) - n_positive + 2)
+    return np.where(labels > 0.5, positive_target, negative_target)
+
+
+def finite_logits(probs):
+    """Returns the logits of probabilities, float32 (n,), as float64, finite also for 0 and 1."""
+    # A float32 of 1 has no finite logit. 1 - 2**-25 is the lowest number that rounds to it.
+    probs = np.clip(probs.astype(np.float64), 1e-12, 1 - 2.0**-25)
+    return np.log(probs / (1 - probs))
+
+
 def calibrate(logits, labels):
     """Fits (slope, intercept): sigmoid(slope * logit + intercept) is the calibrated probability.
 
     logits, labels: float32 (M,). Returns (1, 0), with a warning, if the slope is not positive.
     Source: Platt scaling (1999), a logistic regression of the validation labels on their logits.
     """
-    n, n_positive = len(labels), labels.sum().item()
-    # Targets other than 0 and 1 keep the result finite if the logits separate the classes.
-    positive_target = (n_positive + 1) / (n_positive + 2)
-    negative_target = 1 / (n - n_positive + 2)
-    targets = np.where(labels > 0.5, positive_target, negative_target)
+    n = len(labels)
     # The intercept corrects pos_weight, which trains for equally frequent classes.
     x = np.column_stack([logits, np.ones(n)]).astype(np.float64)
-    coefficients, _ = fit_logistic(x, targets, offset=0, patients=range(n))
+    coefficients, _ = fit_logistic(x, platt_targets(labels), offset=0, patients=range(n))
     slope, intercept = coefficients.tolist()
     if slope <= 0:
         reason = "positive validation images do not have higher scores than the others"

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import PIL.Image
 
 from cxr.confounders import find_confounders, print_confounders
+from cxr.copies import make_thumbnail
 from cxr.decode import explain_unreadable
 from cxr.duplicates import find_nearly_same, find_negatives, find_same
 from cxr.errors import LIST_ALL, Failure, is_system_error, show_progress
@@ -59,7 +59,7 @@ def examine_image(xray, size):
         pixels=hashlib.sha256(f"{grey.size}".encode() + grey.tobytes()).hexdigest(),
         numbers=numbers,
         properties=(f"{width}x{height}", decoded.mode, decoded.format),
-        thumbnail=np.asarray(grey.resize((96, 96), PIL.Image.Resampling.BOX)),
+        thumbnail=make_thumbnail(grey),
         kinds=find_kinds(xray, decoded.has_colours),
     )
 

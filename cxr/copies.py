@@ -24,6 +24,7 @@ of a million pairs have details above 0.9.
 from typing import NamedTuple
 
 import numpy as np
+import PIL.Image
 from scipy import fft
 from scipy.ndimage import gaussian_filter
 
@@ -42,6 +43,11 @@ RADIUS = 15  # highest frequency in a description, in periods per image
 MARGIN = 8  # further frequencies, for the local mean
 
 # ---------------------------------------------------------------- descriptions
+
+
+def make_thumbnail(grey):
+    """Returns the thumbnail of a grey PIL image (mode L), uint8 (96, 96)."""
+    return np.asarray(grey.resize((96, 96), PIL.Image.Resampling.BOX))
 
 
 def make_taper(width):

@@ -30,6 +30,17 @@ def list_training_xrays(data_dir, rows, classes, hash_dir=None):
     return identify_all(listed, rows, hash_dir), ""
 
 
+def known_hashes(model_info, training):
+    """Returns the SHA-256 of training and validation images (in model.json, in the folders now).
+
+    model_info: the content of model.json; training: the Xrays of train/ and val/.
+    """
+    learned = set()
+    for images in model_info.get("images", {}).values():
+        learned |= set(images.values())
+    return learned, {xray.sha256 for xray in training}
+
+
 def find_leaks(model_info, xrays, numbers, training):
     """Finds images and patients that the model knows. Returns a dict for metrics.json.
 
@@ -39,10 +50,7 @@ def find_leaks(model_info, xrays, numbers, training):
     images are scored), known (with how many others they were compared), learned (how many of these
     belong to the model) and absent (how many of those are not in the folders).
     """
-    learned = set()  # SHA-256 of the model's training and validation images
-    for images in model_info.get("images", {}).values():
-        learned |= set(images.values())
-    present = {xray.sha256 for xray in training}
+    learned, present = known_hashes(model_info, training)
     used = learned | present  # the folders may have changed since the training
     patients = {xray.patient for xray in training} - {None}
     numbered = list(zip(xrays, map(int, numbers), strict=True))

@@ -170,6 +170,11 @@ def patient_from_dicom(path):
     return f"ID-{hashlib.sha256(patient.encode()).hexdigest()[:12]}" if patient else None
 
 
+def dicom_patients(xrays):
+    """Returns those patients of some Xrays whose id comes from DICOM."""
+    return {x.patient for x in xrays if re.fullmatch("ID-[0-9a-f]{12}", x.patient or "")}
+
+
 def read_tags(path, *names):
     """Returns {name: text} of those tags that a DICOM file has; {} for any other file."""
     try:
@@ -187,12 +192,13 @@ def read_tags(path, *names):
     return {name: value for name, value in values.items() if value}
 
 
-def read_metadata(data_dir, classes):
+def read_metadata(data_dir, classes, splits=SPLITS):
     """Reads DIR/metadata.csv. Returns {path: {column: text}} of the images in all splits.
 
     file_name is the name of the image, or its path below DIR (as in Hugging Face's ImageFolder).
     patient_id is the patient. All other columns can define subgroups. Returns {} without such a
-    file. Warns of rows without an image, and of images without a patient.
+    file. Warns of rows without an image, and of images without a patient. splits: [""] if the class
+    folders are directly in DIR.
     """
     path = Path(data_dir, METADATA)
     if not path.exists():
@@ -202,7 +208,7 @@ def read_metadata(data_dir, classes):
         return {}
     columns, rows = read_table(path)
     images = []
-    for split in SPLITS:
+    for split in splits:
         for name in classes:
             folder = Path(data_dir, split, name)
             if folder.is_dir():

@@ -9,11 +9,11 @@ from functools import partial
 import numpy as np
 import torch
 import torchmetrics.functional.classification as tm
-from scipy.special import expit, logit
+from scipy.special import expit
 from scipy.stats import rankdata
 
 from cxr.bootstrap import bca_intervals, draw_scores, logit_t_intervals
-from cxr.calibration import fit_logistic
+from cxr.calibration import finite_logits, fit_logistic
 from cxr.errors import Failure
 from cxr.predictions import as_arrays, metadata_columns
 from cxr.proportions import FEW_PATIENTS, format_interval, wald_interval, wilson_interval
@@ -145,17 +145,22 @@ def measure_subgroup(subgroup, group, metric, threshold, seed):
     if set(labels) != needed:
         return None
 
-    def auroc(weights):
-        return weighted_auroc(probs, labels, weights)[:, None]
-
     if metric == "auroc":
-        values = aurocs(probs[None], labels)
-        samples = draw_scores(labels, patients, auroc, seed)
-        interval = logit_t_intervals(values, samples, labels, patients)[0]
+        interval = measure_auroc(probs, labels, patients, seed)
     else:
         interval = wilson_interval((probs > threshold) == labels, patients)
     row = {"group": group, "metric": metric, "n": len(labels), "patients": len(set(patients))}
     return row | interval
+
+
+def measure_auroc(probs, labels, patients, seed):
+    """Computes the AUROC with its interval, {value, low, high}. Both classes must have images."""
+
+    def auroc(weights):
+        return weighted_auroc(probs, labels, weights)[:, None]
+
+    samples = draw_scores(labels, patients, auroc, seed)
+    return logit_t_intervals(aurocs(probs[None], labels), samples, labels, patients)[0]
 
 
 def subgroup_values(predictions):
@@ -176,8 +181,7 @@ def measure_calibration(predictions, model):
     et al. 2019.
     """
     probs, labels, patients = as_arrays(predictions)
-    # A float32 of 1 has no finite logit. 1 - 2**-25 is the lowest number that rounds to it.
-    logits = logit(np.clip(probs.astype(np.float64), 1e-12, 1 - 2.0**-25))
+    logits = finite_logits(probs)
     ones = np.ones(len(labels))
     shift, shift_error = fit_logistic(ones[:, None], labels, logits, patients)
     line, line_error = fit_logistic(np.column_stack([logits, ones]), labels, 0, patients)

@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 import scipy.stats
-from statsmodels.stats.proportion import proportion_confint
+from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 
 from cxr.proportions import (
     complement,
+    difference_interval,
     effective_sample_size,
     few_patients_warnings,
     predictive_values,
@@ -36,6 +37,28 @@ def test_likelihood_ratio_and_predictive_values_equal_the_published_example():
     assert half["ppv"]["value"] == pytest.approx(46 / 59)
     assert half["npv"]["value"] == pytest.approx(37 / 41)
     assert values(tenth["ppv"]) == pytest.approx([0.282, 0.197, 0.387], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "k_other", "n_other", "published"),
+    [  # Newcombe 1998, Statistics in Medicine 17:873, table II, method 10
+        (56, 70, 48, 80, [0.0524, 0.3339]),
+        (9, 10, 3, 10, [0.1705, 0.8090]),
+        (10, 10, 0, 20, [0.6791, 1.0]),
+    ],
+)
+def test_a_difference_equals_the_published_example(k, n, k_other, n_other, published):
+    difference = difference_interval(share(k, n), share(k_other, n_other))
+    assert values(difference)[1:] == pytest.approx(published, abs=1e-4)
+    expected = confint_proportions_2indep(k, n, k_other, n_other, method="newcomb", compare="diff")
+    assert values(difference) == pytest.approx([k / n - k_other / n_other, *expected], abs=1e-8)
+
+
+def test_a_difference_without_value_or_interval_has_none():
+    nothing = {"value": None, "low": None, "high": None}
+    assert difference_interval(share(5, 10), nothing) == nothing
+    without = {"value": 0.25, "low": None, "high": None}
+    assert difference_interval(without, share(5, 10)) == without | {"value": -0.25}
 
 
 @pytest.mark.parametrize(("sensitivity", "specificity"), [(0.9, 0.7), (0.98, 0.95), (0.7, 0.99)])
