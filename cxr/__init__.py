@@ -21,6 +21,7 @@ folders      the classes, splits and images of a data folder
 hashes       the SHA-256 of images, remembered in the cache
 cache        the features, in memory and on disk
 checkpoint   reads state dicts safely, finds pretrained weights, writes model.pth
+local_data   how much a few images of another hospital would help
 previous     keeps the earlier model when a training replaces it
 tables       tables of other people: names of columns, spellings of ids and of file names
 
