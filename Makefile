@@ -1,7 +1,7 @@
 # Nothing needs activating: every target makes the environment it needs. GNU Make 3.81 is enough.
 PYTHON ?= python3
 PY := .venv/bin/python
-VARIABLES := DATA CLASSES RUN MODEL RESULTS PER_CLASS TEST LINK_FROM EPOCHS BATCH_SIZE LR PATIENCE VIEWS WINDOW UNFREEZE SEED DEVICE FEATURE_BATCH_SIZE ARCH WEIGHTS WORKERS GPUS IMAGES ARGS PYTHON
+VARIABLES := DATA CLASSES RUN MODEL RESULTS PER_CLASS TEST LINK_FROM EPOCHS BATCH_SIZE LR PATIENCE VIEWS WINDOW UNFREEZE SEED DEVICE FEATURE_BATCH_SIZE ARCH WEIGHTS WORKERS GPUS IMAGES ALSO ARGS PYTHON
 
 # a typo in a variable's name must not be ignored
 given := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$v))
@@ -20,6 +20,7 @@ run_flags = $(data_flags)$(call flag,checkpoint,MODEL)$(call flag,results-dir,RE
 loop_flags = $(call flag,epochs,EPOCHS)$(call flag,batch-size,BATCH_SIZE)$(call flag,lr,LR)$(call flag,patience,PATIENCE)
 variant_flags = $(call flag,views,VIEWS)$(call flag,window,WINDOW)$(call flag,arch,ARCH)$(call flag,weights,WEIGHTS)$(call flag,unfreeze,UNFREEZE)
 train_flags = $(run_flags)$(loop_flags)$(variant_flags)
+also = $(if $(ALSO), $(foreach folder,$(ALSO),--also $(call quote,$(folder))))
 args = $(if $(ARGS), $(ARGS))
 # in make all, each script leaves out the flags that only other scripts know
 all_args = $(if $(ARGS), --args-of-all $(ARGS))
@@ -46,6 +47,7 @@ help:  ## this page
 #=   UNFREEZE                       also train this module and all that follow it: UNFREEZE=layer4
 #=   SEED DEVICE WORKERS GPUS       seed; cpu, cuda, mps; decoding processes; GPUS=4 shares the pass
 #=   FEATURE_BATCH_SIZE             views per batch in the frozen network
+#=   ALSO                           for evaluate: data folders of other hospitals, ALSO="DIR DIR"
 #=   IMAGES ARGS PYTHON             for predict; further flags (in all: of any script); makes .venv
 
 # a PYTHON that is given makes .venv anew where it was made by another one
@@ -72,13 +74,13 @@ cv: install  ## cross-validate instead: the spread of every number
 curve: install  ## how much more images would help: the scores with 25, 50, 100 and 200 training images
 	$(launch) train.py --folds 10 --repeats 5 --sizes 25,50,100,200$(train_flags)$(args)
 evaluate: install  ## score the test images: metrics, predictions, pictures
-	$(PY) evaluate.py$(run_flags)$(args)
+	$(PY) evaluate.py$(run_flags)$(also)$(args)
 predict: install  ## classify IMAGES="scan.png folder/": a table and a page
 	$(PY) evaluate.py$(run_flags)$(args) $(if $(IMAGES),$(images),$(error which images? make predict IMAGES="scan.png folder/"))
 all: install  ## check, split, train, evaluate
 	$(PY) split_val.py$(split_flags) --check-first$(all_args)
 	$(launch) train.py$(train_flags)$(all_args)
-	$(PY) evaluate.py$(run_flags)$(all_args)
+	$(PY) evaluate.py$(run_flags)$(also)$(all_args)
 
 demo: install  ## the whole chain on drawn radiographs, in demo/: needs neither data nor weights
 	$(PY) tests/phantoms.py demo/chestxrays$(if $(CLASSES), --classes $(CLASSES))

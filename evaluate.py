@@ -9,6 +9,7 @@ predictions.csv again, without images, and prints only.
     python evaluate.py scan.png folder/ --cam maps/
     python evaluate.py --from results/predictions.csv --threshold 0.7
     python evaluate.py --compare other/predictions.csv
+    python evaluate.py --also other_hospital/
 """
 
 import argparse
@@ -27,6 +28,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from cxr.also import Table, compare_sources, read_tables, report_of_source, roc_curves
 from cxr.bootstrap import DRAWS, INTERVALS
 from cxr.checkpoint import read_state_dict
 from cxr.cli import Parser, add_flags, add_network_flags, call, class_name, number, run
@@ -44,12 +46,12 @@ from cxr.folders import (
     list_images,
 )
 from cxr.gallery import LIMIT, Thumbnails, choose_images, write_gallery
-from cxr.leaks import find_leaks, leak_warnings, list_training_xrays
+from cxr.leaks import find_leaks, known_hashes, leak_warnings, list_training_xrays
 from cxr.maps import class_maps, write_overlays
 from cxr.novelty import measure_novelty, novelty_warnings
 from cxr.page import write_page
 from cxr.patients import Xray, choose_hash_dir, read_metadata, read_split
-from cxr.plots import draw_pictures, draw_worst
+from cxr.plots import draw_pictures, draw_roc_of_sources, draw_worst
 from cxr.predictions import (
     COLUMNS,
     as_arrays,
@@ -74,6 +76,7 @@ from cxr.scores import (
 )
 from cxr.screen import name_label, print_report, print_warnings
 from cxr.sentences import number_label
+from cxr.sources import read_sources, refuse_training_images, source_name, source_warnings
 from cxr.transforms import compare_transforms
 
 PACKAGES = ("torch", "torchvision", "torchmetrics", "scipy", "scikit-learn", "numpy", "pillow")
@@ -383,23 +386,33 @@ def compare_with_other(readable, threshold, other, args):
 
 
 def report_beside(path):
-    """Returns the metrics.json beside a predictions.csv; {} if there is none."""
-    if path.name != "predictions.csv":
+    """Returns the metrics.json beside a predictions.csv, {} if there is none.
+
+    For the table of a source of --also, it is the part that holds for this source.
+    """
+    if not path.name.startswith("predictions"):
         return {}
-    return read_json(path.with_name("metrics.json")) or {}
+    report = read_json(path.with_name("metrics.json")) or {}
+    return report if path.name == "predictions.csv" else report_of_source(report, path.name)
 
 
-def write_report(folder, report, predictions, worst=()):
+def write_report(folder, report, tables, worst=()):
     """Writes all files of a report except worst.png.
 
-    worst: the most wrongly classified images (see draw_worst), for the page.
+    tables: of all sources, the first one first; worst: the most wrongly classified images (see
+    draw_worst), for the page.
     """
-    path, threshold = folder / "predictions.csv", report["threshold"]
-    readable = drop_unreadable(predictions)
-    write_predictions(path, predictions, threshold, report["classes"])
+    first, *others = tables
+    threshold, classes = report["threshold"], report["classes"]
+    write_predictions(folder / "predictions.csv", first.predictions, threshold, classes)
+    for table in others:
+        write_predictions(folder / table.file, table.predictions, threshold, classes)
     write_json(folder / "metrics.json", report)
+    readable, curves = drop_unreadable(first.predictions), roc_curves(tables, report)
     draw_pictures(folder, readable, report)
-    write_page(folder, report, readable, worst)
+    if others:
+        draw_roc_of_sources(folder / "roc_sources.png", curves, report)
+    write_page(folder, report, readable, worst, curves)
 
 
 # ---------------------------------------------------------------- a split, new images, a table
@@ -416,14 +429,23 @@ def score_split(args):
     xrays = read_split(args.data_dir, args.split, classes=classes, rows=rows, hash_dir=hash_dir)
     names = [printable(xray.path.relative_to(args.data_dir)) for xray in xrays]
     other = read_other(args, names, [xray.label for xray in xrays], classes)
+    training = list_training_xrays(args.data_dir, rows, classes, hash_dir)
+    sources = read_sources(args.also, args.data_dir, classes, hash_dir)
+    refuse_training_images(sources, set.union(*known_hashes(model.info, training[0])))
     check_outputs(args, model, "metrics.json", "predictions.csv")
     predictions, novelty = predict(model, xrays, names, args)
     views = readable_views(model, xrays, predictions)
     readable = drop_unreadable(predictions)
-    origin = describe_origin(args, model, readable, views.xrays, rows, novelty)
+    origin = describe_origin(args, model, readable, views.xrays, training, novelty)
+    origin["warnings"] += source_warnings(sources, xrays, training[0], common.SIZE)
+    tables = [Table(source_name(args.data_dir), origin["data"], predictions, novelty)]
+    for source in sources:
+        scored = predict(model, source.xrays, source.files, args)
+        tables.append(Table(source.name, str(source.folder), *scored))
     report = summarise(predictions, origin, other, args)
+    report["also"] = compare_sources(tables, report, args.seed)
     worst = draw_worst(args.results_dir / "worst.png", model, views, readable, report)
-    write_report(args.results_dir, report, predictions, worst)
+    write_report(args.results_dir, report, tables, worst)
     if args.cam:
         write_overlays(args.cam, model, views, readable)
     print_report(report, predictions)
@@ -433,17 +455,17 @@ def score_split(args):
     return report
 
 
-def describe_origin(args, model, predictions, xrays, rows, novelty):
+def describe_origin(args, model, predictions, xrays, training, novelty):
     """Returns the part of metrics.json that is known before the scores.
 
-    predictions, xrays: the readable images; rows: of metadata.csv.
+    predictions, xrays: the readable images; training: the result of list_training_xrays.
     """
     # Slow to import: scikit-learn.
     from cxr.confounders import compare_with_columns, confounder_warnings
     from cxr.shortcuts import single_number_baselines
 
     classes = model.info["classes"]
-    training, reason = list_training_xrays(args.data_dir, rows, classes, choose_hash_dir(args))
+    training, reason = training
     info_file = args.checkpoint.with_suffix(".json")
     threshold, threshold_from = choose_threshold(args, model.info, info_file)
     warnings = list(model.warnings)
@@ -563,12 +585,14 @@ def rescore(args):
     readable = drop_unreadable(predictions)
     files, labels = readable["file"].tolist(), readable["label"].tolist()
     other = read_other(args, files, labels, classes)
+    tables = read_tables(predictions, before, args.source, classes)
     if args.results_dir:
         check_outputs(args, None, "metrics.json", "predictions.csv")
     origin = earlier_origin(args, predictions, before, classes)
     report = summarise(predictions, origin, other, args)
+    report["also"] = compare_sources(tables, report, args.seed)
     if args.results_dir:
-        write_report(args.results_dir, report, predictions)
+        write_report(args.results_dir, report, tables)
     print_report(report, predictions)
     if args.results_dir:
         print(f"Wrote all files except worst.png, which needs the images, to {args.results_dir}")
@@ -717,7 +741,7 @@ def parse_args(argv=None):
     data, scores, output, machine = parser.groups("data", "scores", "output", "machine")
     add_network_flags(data, output, machine)
     none = argparse.SUPPRESS  # hides "(default: None)" in the help
-    parser.set_defaults(images=[], prevalence=[], classes=None)
+    parser.set_defaults(images=[], prevalence=[], also=[], classes=None)
     parser.set_defaults(arch=None, split=None, source=None, compare=None, threshold=None, cam=None)
     # fmt: off
     data.add_argument("images", nargs="*", type=Path, default=none, metavar="FILE_OR_FOLDER",
@@ -742,6 +766,9 @@ def parse_args(argv=None):
     scores.add_argument("--compare", type=Path, default=none, metavar="CSV",
         help="predictions.csv (or its folder) of another model for the same images: compute the "
              "differences, this model minus the other (--threshold then holds for both)")
+    scores.add_argument("--also", type=Path, action="append", default=none, metavar="DIR",
+        help="data folder of another source, such as another hospital, with test/ or the class "
+             "folders: compare its scores, at the same threshold (may be given several times)")
     add_flags(scores, "--seed")
     output.add_argument("--cam", type=Path, default=none, metavar="DIR",
         help="also write a class activation map of each image into this folder, which is created "
@@ -753,6 +780,11 @@ def parse_args(argv=None):
         args.results_dir = args.results_dir or parser.get_default("results_dir")
     if args.images and (args.source or args.compare):
         parser.error("FILE_OR_FOLDER: new images have no labels, which --from and --compare need")
+    if args.also and (args.images or args.source):
+        parser.error(
+            "--also: needs the images of two sources, and not FILE_OR_FOLDER or --from, "
+            "which shows the sources of its metrics.json again"
+        )
     if args.source and args.split:
         parser.error("--split: the table of --from belongs to one split already")
     if args.source and args.cam:

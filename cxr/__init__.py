@@ -45,9 +45,12 @@ sliders      the data of the page's sliders, threshold and prevalence
 films        lateral images, captures and images in colour
 learning_curve  how the scores change with the number of training images
 shortcuts    how well one number of an image predicts its class without a network
+sources      the data folders of other sources, such as another hospital
+also         compares such sources with the first one
 confounders  how well a column of metadata.csv or a DICOM value predicts the class
 
 sentences    what screen and page say about a report
+source_sentences  what they say about several sources
 
 headings     the headings of the page, and the rows of its plots of scores
 doubts       what speaks against a result, and whether the network is better than a shortcut

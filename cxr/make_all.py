@@ -25,7 +25,7 @@ FLAGS = {
     "train.py": f"{SHARED} {NETWORK} --arch --weights --views --window --epochs --batch-size --lr "
     "--weight-decay --patience --threshold --no-calibrate --seeds --unfreeze --finetune-epochs "
     "--folds --repeats --sizes --compile",
-    "evaluate.py": f"{SHARED} {NETWORK} --split --from --prevalence --compare --cam",
+    "evaluate.py": f"{SHARED} {NETWORK} --split --from --prevalence --compare --also --cam",
 }
 
 

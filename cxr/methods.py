@@ -10,6 +10,7 @@ from pathlib import Path
 from cxr.bootstrap import DRAWS
 from cxr.files import atomic_write
 from cxr.sentences import capitalised, list_versions
+from cxr.source_sentences import methods_sentences
 
 # What the text form of a transform says, in words. The groups of a pattern fill in its numbers.
 CHANGES = {
@@ -261,6 +262,7 @@ def statistics_sentences(report):
             "Two models were compared on the same images, by the differences of their scores in "
             f"the same bootstrap samples and by the test of equal accuracy ({test})."
         )
+    sentences += methods_sentences(report)
     return [*sentences, f"Software: {list_versions(packages)}."]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 import PIL.Image
 
-from cxr import doubts, headings, methods, sentences, svg
+from cxr import doubts, headings, methods, sentences, source_sentences, svg
 from cxr.files import atomic_write
 from cxr.maps import legend
 from cxr.proportions import format_interval
@@ -29,10 +29,11 @@ def template_environment():
     )
 
 
-def write_page(folder, report, predictions, worst=()):
+def write_page(folder, report, predictions, worst=(), curves=()):
     """Writes report.html, one file that contains everything, and methods.md.
 
-    predictions: of readable images; worst: the result of draw_worst in cxr/plots.py.
+    predictions: of readable images; worst: the result of draw_worst in cxr/plots.py; curves: of the
+    sources of --also (see cxr.also.roc_curves).
     """
     environment = template_environment()
     environment.filters["display_name"] = sentences.display_name
@@ -42,10 +43,12 @@ def write_page(folder, report, predictions, worst=()):
         report=report,
         negative=negative,
         positive=positive,
+        roc_of_sources=svg.roc_of_sources(curves) if curves else "",
         doubts=doubts,
         headings=headings,
         methods=methods,
         sentences=sentences,
+        source_sentences=source_sentences,
         forest=svg.forest,
         plots=[draw(predictions, report) for draw in PLOTS],
         plot_view=svg.VIEW,

@@ -52,6 +52,24 @@ def draw_roc(ax, predictions, report):
     ax.legend(loc="lower right")
 
 
+def draw_roc_of_sources(path, curves, report):
+    """Draws the ROC curves of several sources. curves: the result of cxr.also.roc_curves."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure((5, 4.6), layout="constrained")
+        ax = figure.add_subplot()
+        for name, predictions, scores in curves:
+            probs, labels, _ = as_arrays(predictions)
+            fpr, tpr, _ = tm.binary_roc(torch.from_numpy(probs), torch.from_numpy(labels))
+            ax.plot(fpr, tpr, label=f"{name}: {format_interval(scores['auroc'])}")
+        ax.plot((0, 1), (0, 1), label="chance", **CHANCE)
+        ax.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC of each source: AUROC")
+        ax.legend(loc="lower right")
+        save_with_caption(path, figure, report)
+
+
 def draw_precision_recall(ax, predictions, report):
     """Draws the precision-recall curve, and the point of the threshold with its intervals."""
     probs, labels, _ = as_arrays(predictions)

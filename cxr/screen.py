@@ -8,6 +8,7 @@ report["metrics"].
 from cxr.errors import warn
 from cxr.proportions import format_interval
 from cxr.sentences import number_label, sections, summary_rows, warnings_of
+from cxr.source_sentences import print_sources
 
 
 def print_report(report, predictions):
@@ -24,6 +25,8 @@ def print_report(report, predictions):
     for title, lines in sections(report, name_label(predictions)):
         separator = " " if len(lines) == 1 else "\n  "
         print(separator.join([f"{title}:", *lines]))
+    if report.get("also"):
+        print_sources(report)
 
 
 def print_warnings(report, predictions):

@@ -79,6 +79,15 @@ def split_phantoms(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def second_hospital(tmp_path_factory):
+    """A data folder of another source: 15 test phantoms of each class. Tests must not change it."""
+    folder = tmp_path_factory.mktemp("second") / "nih"
+    draw_folder(folder, train=0, test=15, seed=5)
+    shutil.rmtree(folder / "train")
+    return folder
+
+
 @pytest.fixture
 def data(split_phantoms, tmp_path):
     """A copy of split_phantoms that the test may change."""
@@ -164,6 +173,7 @@ def draw_nothing(monkeypatch):
     """Lets evaluate.py draw no picture, which would take most of the time of a small run."""
     monkeypatch.setattr(evaluate, "draw_pictures", lambda *_: None)
     monkeypatch.setattr(evaluate, "draw_worst", lambda *_: ())
+    monkeypatch.setattr(evaluate, "draw_roc_of_sources", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

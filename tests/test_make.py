@@ -53,6 +53,10 @@ COMMANDS = {
     ],
     "all RUN=wide": ["split_val.py --check-first", f"train.py {RUN}", f"evaluate.py {RUN}"],
     "train RUN=wide MODEL=x.pth": [f"train.py {RUN}".replace("runs/wide/model.pth", "x.pth")],
+    "evaluate ALSO='nih /data/rsna' ARGS=--skip-bad": [
+        "evaluate.py --also 'nih' --also '/data/rsna' --skip-bad"
+    ],
+    "all ALSO=nih": ["split_val.py --check-first", "train.py", "evaluate.py --also 'nih'"],
     "evaluate RUN=wide ARGS='--from x'": [
         "evaluate.py --checkpoint 'runs/wide/model.pth' --from x"
     ],

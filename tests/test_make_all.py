@@ -29,6 +29,7 @@ def test_the_table_of_flags_is_that_of_the_help(name):
         ("--skip-bad --seeds 5", "--skip-bad", "--skip-bad --seeds 5", "--skip-bad"),
         ("--threshold sensitivity=0.95", "", "--threshold sensitivity=0.95", ""),
         ("--lr=-1 --cam maps", "", "--lr=-1", "--cam maps"),
+        ("--also nih --also rsna", "", "", "--also nih --also rsna"),
         (
             "--test 50 --prevalence .1 --prevalence .2",
             "--test 50",
