@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cxr.bootstrap import DRAWS
 from cxr.files import atomic_write
+from cxr.finetune import HEAD_LR, TAIL_LR, WEIGHT_DECAY
 from cxr.sentences import capitalised, list_versions
 from cxr.source_sentences import methods_sentences
 
@@ -160,12 +161,6 @@ def network_sentences(model):
             "its features, which were standardised with mean and standard deviation of the "
             "training images."
         )
-    tuning = model.get("fine_tuning") or {}
-    if tuning.get("is_saved"):
-        sentences.append(
-            f"Afterwards the network was fine-tuned from {tuning['unfreeze']} on; the validation "
-            f"loss fell from {tuning['frozen_val_loss']:.3f} to {tuning['val_loss']:.3f}."
-        )
     return sentences
 
 
@@ -192,13 +187,32 @@ def training_sentences(model):
             views = f"itself, its mirror image and {n_views - 2} random changes of it"
             views += f" ({changes_in_words(model)})"
         sentences.append(f"Each epoch used one of {n_views} views of every image: {views}.")
-    selected = f"the epoch with the lowest validation loss ({model['val_loss']:.3f}) was kept"
-    if flags.get("seeds", 1) > 1:
-        selected += f" in each of {flags['seeds']} trainings with other seeds, and the mean of "
-        selected += "these output neurons is the model"
-    else:
+    return [*sentences, *selection_sentences(model, flags)]
+
+
+def selection_sentences(model, flags):
+    """Says which epoch was kept, of which training, and describes fine-tuning."""
+    tuning, n_seeds = model.get("fine_tuning") or {}, flags.get("seeds", 1)
+    is_tuned = tuning.get("is_saved")
+    loss = tuning["frozen_val_loss"] if is_tuned else model["val_loss"]
+    selected = f"The epoch with the lowest validation loss ({loss:.3f}) was kept"
+    if n_seeds > 1:
+        selected += f" in each of {n_seeds} trainings with other seeds, and the mean of "
+        selected += "these output neurons was used"
+    elif not is_tuned:
         selected += f", which was epoch {model['epoch']}"
-    return [*sentences, capitalised(f"{selected}.")]
+    if not is_tuned:
+        return [f"{selected}."]
+    best = f", in the best of {n_seeds} trainings with other seeds" if n_seeds > 1 else ""
+    return [
+        f"{selected}.",
+        f"Then the network was fine-tuned from {tuning['unfreeze']} on, with a new output neuron, "
+        f"the same views, loss and batches, and AdamW for {flags['finetune_epochs']} epochs "
+        f"(weight decay {WEIGHT_DECAY:g}, one cycle of the learning rate up to {TAIL_LR:g}, for "
+        f"the output neuron up to {HEAD_LR:g}, without dropout, and with the BatchNorm statistics "
+        f"of the pretraining). Epoch {model['epoch']} was kept{best}: it had a validation loss of "
+        f"{tuning['val_loss']:.3f}.",
+    ]
 
 
 def changes_in_words(model):

@@ -41,6 +41,7 @@ def test_the_paragraphs_describe_images_network_training_and_statistics(report):
 def test_choices_of_the_training_change_the_paragraph(report):
     model = report["model"]
     model["flags"] |= {"views": 8, "seeds": 10, "patience": 0, "weight_decay": 0.01}
+    model |= {"epoch": 7, "val_loss": 0.15}
     model |= {"window": 0, "slope": 1, "intercept": 0, "threshold_rule": "youden"}
     model["fine_tuning"] = {
         "is_saved": True, "unfreeze": "layer4", "frozen_val_loss": 0.2, "val_loss": 0.15
@@ -52,11 +53,15 @@ def test_choices_of_the_training_change_the_paragraph(report):
     assert "in each of 10 trainings with other seeds, and the mean" in training
     assert "weight decay 0.01" in training and "training did not stop early" in training
     assert "maximised Youden's index on the validation set" in training
-    assert "fine-tuned from layer4 on; the validation loss fell from 0.200 to 0.150" in training
+    assert "lowest validation loss (0.200) was kept in each of 10" in training
+    assert "fine-tuned from layer4 on, with a new output neuron" in training
+    assert "learning rate up to 0.0001, for the output neuron up to 0.001" in training
+    assert "Epoch 7 was kept, in the best of 10 trainings with other seeds: it had a v" in training
     report["threshold_from"] = "--threshold"
     assert "was set when the images were scored" in methods_paragraphs(report)[1]
     model["fine_tuning"]["is_saved"] = False
     assert "fine-tuned" not in methods_paragraphs(report)[1]
+    assert "lowest validation loss (0.150) was kept in each of 10" in methods_paragraphs(report)[1]
 
 
 def test_leaks_and_unknown_patients_are_told(report):
