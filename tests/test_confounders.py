@@ -173,9 +173,10 @@ def test_the_report_compares_the_network_with_the_strongest_column(
     assert [row["column"] for row in rows] == ["age", "sex"] and "difference" not in rows[1]
     assert rows[0]["difference"]["value"] == pytest.approx(auroc - rows[0]["auroc"]["value"])
     assert rows[0]["difference"]["low"] < rows[0]["difference"]["high"]
-    text = f"age alone: AUROC {rows[0]['auroc']['value']:.3f} ("
-    for content in (screen, (tmp_path / "results" / "report.html").read_text()):
-        assert text in content and f"the network {auroc:.3f}, difference " in content
+    text, page = f"AUROC {rows[0]['auroc']['value']:.3f} (", tmp_path / "results" / "report.html"
+    for content, name in ((screen, "age alone: "), (page.read_text(), "Column age alone<")):
+        assert name in content and text in content
+        assert f"the network {auroc:.3f}, difference " in content
         assert "within strata of age (" in content
 
     # The same from predictions.csv, pair by pair.
