@@ -75,7 +75,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-__version__ = "1.0.0"  # also in CITATION.cff and CHANGELOG.md
+__version__ = "1.1.0"  # also in CITATION.cff and CHANGELOG.md
 
 # If Python or a package is missing, too old, or does not fit another one, one line says what to do.
 REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
