@@ -330,8 +330,9 @@ def extract_features(
         missing = cache.load(features, xrays, rows) if cache else rows
         views = Views([xrays[row] for row in missing], n_views, window)
         unreadable = {}
-        options = (batch_size, args.workers, device, dtype, compiled, see)
-        for i, vectors, reason in run_network(backbone, views, *options):
+        options = (batch_size, args.workers, device, dtype)
+        passed = run_network(backbone, views, *options, compiled=compiled, see=see)
+        for i, vectors, reason in passed:
             xray = views.xrays[i]
             if reason:
                 unreadable[xray.path] = reason
@@ -404,6 +405,7 @@ def run_network(
     workers,
     device,
     dtype,
+    *,
     compiled=False,
     fused=True,
     title="Features",

@@ -107,13 +107,21 @@ def plain_pixels(path):
 
 
 def extract(
-    backbone, xrays, n_views, cache=None, dtype=torch.float32, window=2.0, device="cpu", **flags
+    backbone,
+    xrays,
+    n_views,
+    cache=None,
+    dtype=torch.float32,
+    window=2.0,
+    device="cpu",
+    see=None,
+    **flags,
 ):
     """Returns what common.extract_features does. flags: other values than these."""
     args = {"cache_dir": cache, "no_cache": cache is None, "feature_batch_size": 4, "workers": 0}
     args = Namespace(**{"skip_bad": False, **args, **flags})
     options = {"n_views": n_views, "window": window, "device": torch.device(device), "dtype": dtype}
-    return common.extract_features(backbone, xrays, args, **options)
+    return common.extract_features(backbone, xrays, args, see=see, **options)
 
 
 def computed(capsys):
