@@ -48,6 +48,13 @@ from cxr.folders import (
 from cxr.gallery import LIMIT, Thumbnails, choose_images, write_gallery
 from cxr.leaks import find_leaks, known_hashes, leak_warnings, list_training_xrays
 from cxr.maps import class_maps, write_overlays
+from cxr.model_info import (
+    choose_classes,
+    choose_threshold,
+    classes_of,
+    model_for_report,
+    read_model_info,
+)
 from cxr.novelty import measure_novelty, novelty_warnings
 from cxr.page import write_page
 from cxr.patients import Xray, choose_hash_dir, read_metadata, read_split
@@ -61,7 +68,6 @@ from cxr.predictions import (
     with_etiology,
     write_predictions,
 )
-from cxr.previous import OTHER_FLAGS
 from cxr.proportions import PREVALENCES, PROPORTIONS, few_patients_warnings, predictive_values
 from cxr.scores import (
     BCA_INTERVAL,
@@ -114,57 +120,6 @@ def load_model(path, device_name, arch=None, classes=None):
     return Model(backbone, device, head, info, warnings)
 
 
-def read_model_info(path, arch, classes):
-    """Reads the model.json beside a checkpoint. Returns (its content, warnings).
-
-    The content always has arch, classes, and the SHA-256 of the checkpoint.
-    """
-    info_file, sha256 = path.with_suffix(".json"), hash_file(path)
-    info, warnings = read_json(info_file), []
-    classes = choose_classes(classes, info, info_file)
-    if info is None:
-        info = {"arch": arch or "resnet50"}
-        warnings.append(
-            f"there is no {info_file} beside {path.name}: the network is read as a {info['arch']} "
-            f"(for another: --arch NAME, make: ARGS='--arch NAME'), with the classes "
-            f"{in_words(classes)}, threshold 0.5 and grey levels unchanged. If train.py made it, "
-            "copy its .json here, too"
-        )
-    elif "arch" not in info:
-        raise Failure(f"{info_file}: does not describe a model; restore it or delete it")
-    elif info.get("sha256") != sha256:
-        # The threshold and the novelty limit of another checkpoint would be wrong.
-        info = {key: info[key] for key in ("arch", "window") if key in info}
-        warnings.append(
-            f"{info_file} DOES NOT BELONG to {path.name} (the SHA-256 in it is that of another "
-            "file): only arch, classes and window are taken from it, and the threshold is 0.5. "
-            "Copy the two files of one training here, or train again (train.py, make train)"
-        )
-    if arch not in (None, info["arch"]):
-        raise Failure(f"--arch {arch}: {info_file} says {info['arch']}; leave --arch out")
-    return info | {"classes": classes, "sha256": sha256}, warnings
-
-
-def choose_classes(asked, info, source):
-    """Returns the names of the two classes that a model or a table knows.
-
-    asked: --classes, or None; info: the content of the file `source`, which is a model.json or a
-    metrics.json, or None if there is no such file. Raises Failure if they contradict each other.
-    """
-    if not info:
-        return list(asked or CLASSES)
-    known = classes_of(info)
-    if asked and list(asked) != known:
-        what = f"{source} has the classes {in_words(known)} (positive: {known[1]})"
-        raise Failure(f"--classes {shlex.join(asked)}: {what}; leave --classes (make: CLASSES) out")
-    return known
-
-
-def classes_of(info):
-    """Returns the class names in the content of a model.json or metrics.json."""
-    return info.get("classes", list(CLASSES))  # an earlier version did not write them
-
-
 def build_head(backbone, path):
     """Returns the output neuron of a checkpoint. Raises Failure if there is not exactly one."""
     weight, bias, width = backbone.weight, backbone.bias, backbone.width
@@ -191,40 +146,6 @@ def transform_warnings(backbone, info, path):
     prepare, *_, normalize = info["transforms"]  # augmentation is for training only
     now = [str(common.PREPARE), str(backbone.normalize)]
     return compare_transforms([prepare, normalize], now, path)
-
-
-def describe_model(path, info):
-    """Returns what metrics.json says about the model. info: the content of model.json."""
-    keys = ("weights", "date", "epoch", "seed", "val_loss", "val_accuracy", "slope", "intercept")
-    keys += ("window", "threshold_rule", "at_threshold", "fine_tuning", "transforms", "versions")
-    keys += ("train_patients", "val_patients")
-    result = {"file": str(path), "sha256": info["sha256"], "arch": info["arch"]}
-    result |= {key: info.get(key) for key in keys}
-    images = info.get("images", {})
-    result["images"] = {split: len(files) for split, files in images.items()}
-    result["images_by_class"] = {
-        split: dict(Counter(Path(file).parent.name for file in files))
-        for split, files in images.items()
-    }
-    flags = info.get("flags", {})
-    result["flags"] = {name: flags[name] for name in flags if name not in OTHER_FLAGS}
-    return result | {"skipped": info.get("skipped", [])}
-
-
-def choose_threshold(args, info, source):
-    """Chooses the threshold: --threshold, else that of `info`, else 0.5.
-
-    info: the content of the file `source`. Returns (threshold, where it comes from, in words).
-    """
-    if args.threshold is not None:
-        return args.threshold, "--threshold"
-    if "threshold" not in info:
-        return 0.5, "the default"
-    if "threshold_from" in info:  # source is a metrics.json
-        return info["threshold"], info["threshold_from"]
-    rule = info.get("threshold_rule", "fixed")
-    how = "fixed in advance" if rule == "fixed" else f"{rule} on val"
-    return info["threshold"], f"{source}, {how}"
 
 
 # ---------------------------------------------------------------- predictions
@@ -483,7 +404,7 @@ def describe_origin(args, model, predictions, xrays, training, novelty):
         "classes": classes,
         "split": args.split,
         "data": str(args.data_dir / args.split),
-        "model": describe_model(args.checkpoint, model.info),
+        "model": model_for_report(args.checkpoint, model.info),
         "commands": [args.command],
         "drawn": (args.data_dir / DRAWN).exists(),
         "warnings": warnings + confounder_warnings(confounders),
@@ -528,7 +449,7 @@ def classify_new(args):
         write_overlays(args.cam, model, views, readable, thumbnails.add)
     report = {
         "classes": classes,
-        "model": describe_model(args.checkpoint, model.info),
+        "model": model_for_report(args.checkpoint, model.info),
         "threshold": threshold,
         "threshold_from": threshold_from,
         "warnings": warnings + lateral_warnings(lateral, len(xrays), number_label),

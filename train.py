@@ -18,7 +18,6 @@ import argparse
 import copy
 import math
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,11 +43,12 @@ from cxr.errors import (
     rank_and_world,
     warn,
 )
-from cxr.files import check_writable, versions, write_json
+from cxr.files import check_writable, write_json
 from cxr.finetune import FrozenPart, Tail, check_cut, copy_tail, join_parts, make_optimizer
 from cxr.folders import SPLIT_FILES, check_split_classes
+from cxr.model_info import images_info, training_info
 from cxr.novelty import describe_features
-from cxr.patients import choose_hash_dir, count_patients, read_split
+from cxr.patients import choose_hash_dir, read_split
 from cxr.previous import keep_previous, previous_files
 from cxr.proportions import accuracy_intervals, few_patients_warnings, format_interval
 
@@ -472,8 +472,9 @@ def train_model(args):
     with common.one_thread():
         head, fitted = fit_on_val(best.head, data, val_xrays, args)
 
-    description = describe_training(args, backbone, best, scores, fine_tuning)
-    description |= describe_images(args, train_xrays + val_xrays, unreadable_train | unreadable_val)
+    transforms = common.PREPARE, common.AUGMENT, backbone.normalize
+    description = training_info(args, transforms, val_scores(best), scores, fine_tuning)
+    description |= images_info(args, train_xrays + val_xrays, unreadable_train | unreadable_val)
     standardize = Standardize(data.train_features[:, :1])  # of view 0, the images as they are
     mean, std = standardize.mean, standardize.std
     description["features"] = describe_features(mean, std, standardize(data.val_features))
@@ -528,46 +529,9 @@ def fit_on_val(head, data, val_xrays, args):
     }
 
 
-def describe_training(args, backbone, best, scores, fine_tuning):
-    """Returns the content of model.json, except the images and what is fitted on val/."""
-    transforms = (common.PREPARE, common.AUGMENT, backbone.normalize)
-    flags = {}
-    for name, value in vars(args).items():
-        flags[name] = value if isinstance(value, int | float) else str(value)
-    return {
-        "arch": args.arch,
-        "weights": args.weights,
-        "classes": list(args.classes),
-        "transforms": [str(transform) for transform in transforms],
-        "window": args.window,
-        "threshold_rule": "fixed" if isinstance(args.threshold, float) else args.threshold,
-        **val_scores(best),
-        "seed": args.seed,
-        "seeds": scores,
-        "fine_tuning": fine_tuning,
-        "flags": flags,
-        "versions": versions("torch", "torchvision", "pillow"),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S%z"),
-    }
-
-
 def val_scores(trained):
     """Returns {epoch, val_loss, val_accuracy} of a TrainedHead."""
     return {name: getattr(trained, name) for name in ("epoch", "val_loss", "val_accuracy")}
-
-
-def describe_images(args, xrays, unreadable):
-    """Returns what model.json says about the images, with paths relative to the data folder."""
-    images = {"train": {}, "val": {}}
-    for xray in xrays:
-        path = xray.path.relative_to(args.data_dir).as_posix()
-        images[xray.split][path] = xray.sha256
-    skipped = [path.relative_to(args.data_dir).as_posix() for path in unreadable]
-    description = {"images": images, "skipped": skipped}
-    for split in images:
-        of_split = [xray for xray in xrays if xray.split == split]
-        description[f"{split}_patients"] = count_patients(of_split, args.classes)
-    return description
 
 
 def draw_training(args, best, xrays):

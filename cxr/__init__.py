@@ -35,6 +35,7 @@ measurements simple numbers of an image, and how well they separate classes or s
 
 predictions  the table of predictions, a DataFrame and predictions.csv
 links        a data folder of links to images elsewhere
+model_info   what model.json says about a model, and what evaluate.py takes from it
 scores       all scores of such a table, with intervals
 
 leaks        images and patients that are in more than one split
