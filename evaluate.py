@@ -80,7 +80,7 @@ from cxr.scores import (
     measure_subgroups,
     score,
 )
-from cxr.screen import name_label, print_report, print_warnings
+from cxr.screen import name_label, print_predictions, print_report, print_warnings
 from cxr.sentences import number_label
 from cxr.sources import read_sources, refuse_training_images, source_name, source_warnings
 from cxr.transforms import compare_transforms
@@ -350,15 +350,15 @@ def score_split(args):
     xrays = read_split(args.data_dir, args.split, classes=classes, rows=rows, hash_dir=hash_dir)
     names = [printable(xray.path.relative_to(args.data_dir)) for xray in xrays]
     other = read_other(args, names, [xray.label for xray in xrays], classes)
-    training = list_training_xrays(args.data_dir, rows, classes, hash_dir)
+    training, reason = list_training_xrays(args.data_dir, rows, classes, hash_dir)
     sources = read_sources(args.also, args.data_dir, classes, hash_dir)
-    refuse_training_images(sources, set.union(*known_hashes(model.info, training[0])))
+    refuse_training_images(sources, set.union(*known_hashes(model.info, training)))
     check_outputs(args, model, "metrics.json", "predictions.csv")
     predictions, novelty = predict(model, xrays, names, args)
     views = readable_views(model, xrays, predictions)
     readable = drop_unreadable(predictions)
-    origin = describe_origin(args, model, readable, views.xrays, training, novelty)
-    origin["warnings"] += source_warnings(sources, xrays, training[0], common.SIZE)
+    origin = describe_origin(args, model, readable, views.xrays, training, reason, novelty)
+    origin["warnings"] += source_warnings(sources, xrays, training, common.SIZE)
     tables = [Table(source_name(args.data_dir), origin["data"], predictions, novelty)]
     for source in sources:
         scored = predict(model, source.xrays, source.files, args)
@@ -376,17 +376,16 @@ def score_split(args):
     return report
 
 
-def describe_origin(args, model, predictions, xrays, training, novelty):
+def describe_origin(args, model, predictions, xrays, training, reason, novelty):
     """Returns the part of metrics.json that is known before the scores.
 
-    predictions, xrays: the readable images; training: the result of list_training_xrays.
+    predictions, xrays: the readable images; training, reason: the result of list_training_xrays.
     """
     # Slow to import: scikit-learn.
     from cxr.confounders import compare_with_columns, confounder_warnings
     from cxr.shortcuts import single_number_baselines
 
     classes = model.info["classes"]
-    training, reason = training
     info_file = args.checkpoint.with_suffix(".json")
     threshold, threshold_from = choose_threshold(args, model.info, info_file)
     warnings = list(model.warnings)
@@ -477,22 +476,6 @@ def add_missing_thumbnails(thumbnails, model, xrays, predictions, threshold, arg
         views = common.Views(missing, 1, model.info.get("window", 0))
         with common.one_thread():  # 0.9 ms of CPU time for a small image; 13 ms with two threads
             thumbnails.add_all(views, args.workers, model.device)
-
-
-def print_predictions(predictions, threshold, classes):
-    """Prints probability and predicted class of each image."""
-    digits = max(len("no."), len(str(len(predictions))))
-    width = max(len(file) for file in predictions["file"])
-    header = f"P({classes[1]})"
-    print(f"{'no.':>{digits}}  {'file':{width}}  {header}  prediction")
-    predicted = predicted_classes(predictions, threshold, classes)
-    for row, name in zip(predictions.itertuples(), predicted, strict=True):
-        prob = "-" if row.error else f"{row.probability:.3f}"
-        novelty = ""
-        if row.unlike > 1:
-            novelty = f", unlike the training images (novelty {row.unlike:.2g}, usually below 1)"
-        image = f"{row.number:{digits}}  {row.file:{width}}"
-        print(f"{image}  {prob:>{len(header)}}  {row.error or name}{novelty}")
 
 
 def rescore(args):

@@ -58,7 +58,7 @@ doubts       what speaks against a result, and whether the network is better tha
 methods      a methods section for a paper, written from a report
 
 page         the report as a web page; page.html is its template, and page.css its look
-screen       the report on the screen
+screen       what evaluate.py prints: the report, the predictions of new images
 duplicates   reports copies of an image, and negatives
 
 check        the report of split_val.py --check

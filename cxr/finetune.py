@@ -7,6 +7,7 @@ them. train.py has the loop.
 
 import copy
 import math
+from itertools import islice
 
 import torch
 from torch import nn
@@ -19,14 +20,14 @@ from cxr.errors import Failure, as_typed
 
 TAIL_LR, HEAD_LR = 1e-4, 1e-3  # the highest learning rates of the cycle
 WEIGHT_DECAY = 0.05
-VAL_BATCH = 32  # images that pass through the tail at once, if more are given
+TAIL_BATCH = 32  # images that pass through the tail at once, so that many need no more memory
 N_NAMES = 5  # names of modules in a message
 
 # ---------------------------------------------------------------- the cut
 
 
 class CutReached(Exception):
-    """Ends the pass through a network at the cut. Its only argument are the activations."""
+    """Ends the pass through a network at the cut. Its argument is the activations."""
 
 
 def stop_at_cut(module, inputs):
@@ -67,6 +68,7 @@ def copy_tail(network, name):
     """Returns a trainable copy of a network without the modules before `name`, in eval mode.
 
     The copy computes features from activations. Its weights have the same names as in the network.
+    Raises ValueError or AttributeError if the network has no module of this name.
     """
     tail = copy.deepcopy(network)
     parent = tail
@@ -103,12 +105,9 @@ def check_cut(network, name):
     if can_cut(network, name, images):
         return
     # The names with the fewest dots first, and of those the last modules first.
-    names = [name for name, module in network.named_modules() if list(module.parameters())]
-    names = sorted(filter(None, names[::-1]), key=lambda name: name.count("."))
-    usable = []
-    for candidate in names:
-        if len(usable) < N_NAMES and can_cut(network, candidate, images):
-            usable.append(candidate)
+    modules = [other for other, module in network.named_modules() if list(module.parameters())]
+    candidates = sorted(filter(None, modules[::-1]), key=lambda other: other.count("."))
+    usable = list(islice((c for c in candidates if can_cut(network, c, images)), N_NAMES))
     asked = as_typed("--unfreeze", "UNFREEZE", name)
     expected = f"expected for example {', '.join(usable)}" if usable else "nor at any other one"
     raise Failure(f"{asked}: the network cannot be cut before such a module; {expected}")
@@ -130,7 +129,7 @@ class Tail(nn.Module):
     def forward(self, activations):
         """activations: float, also of 16 bits (N, ...), on the CPU."""
         features = []
-        for part in activations.split(VAL_BATCH):
+        for part in activations.split(TAIL_BATCH):
             # A copy, because the first module may change its input in place.
             part = part.to(self.device, torch.float32, copy=True)
             features.append(self.network(part).cpu())

@@ -94,7 +94,7 @@ def write_gallery(path, report, predictions, xrays, thumbnails):
     page = template_environment().get_template("gallery.html")
     text = page.render(
         report=report,
-        doubts=doubts(report),
+        reasons=reasons_to_doubt(report),
         title=describe_counts(Counter(predicted), classes),
         negative=classes[0],
         positive=classes[1],
@@ -111,7 +111,7 @@ def write_gallery(path, report, predictions, xrays, thumbnails):
         file.write(text)
 
 
-def doubts(report):
+def reasons_to_doubt(report):
     """Returns reasons to doubt the results, as a list of sentences."""
     reasons = list(report["warnings"])
     if report["model"]["weights"] == "random":

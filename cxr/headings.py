@@ -8,9 +8,8 @@ import itertools
 from pathlib import Path
 
 from cxr.proportions import FEW_PATIENTS, difference_interval, format_interval
-from cxr.sentences import NAMES, allows_conclusions, display_name
+from cxr.sentences import NAMES, SPLIT_NAMES, allows_conclusions, display_name
 
-SPLIT_NAMES = {"test": "test", "val": "validation", "train": "training"}
 ALIKE = 0.1  # groups whose scores differ by less, also at the ends of the interval, are alike
 TOO_FEW = "too\u00a0few\u00a0to\u00a0say"  # spaces at which no line breaks
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from cxr.bootstrap import DRAWS
 from cxr.files import atomic_write
 from cxr.finetune import HEAD_LR, TAIL_LR, WEIGHT_DECAY
-from cxr.sentences import capitalised, list_versions
-from cxr.source_sentences import methods_sentences
+from cxr.sentences import SPLIT_NAMES, capitalised, list_versions
+from cxr.source_sentences import other_sources_sentences
 
 # What the text form of a transform says, in words. The groups of a pattern fill in its numbers.
 CHANGES = {
@@ -22,7 +22,6 @@ CHANGES = {
     r"brightness=\(([\d.]+), ([\d.]+)\)": "brightness multiplied by {} to {}",
     r"contrast=\(([\d.]+), ([\d.]+)\)": "contrast multiplied by {} to {}",
 }
-SPLITS = {"train": "training", "val": "validation", "test": "test"}
 REFERENCES = (
     "Wilson EB. Probable inference, the law of succession, and statistical inference. Journal of "
     "the American Statistical Association 1927; 22: 209-212.",
@@ -70,7 +69,7 @@ def methods_paragraphs(report):
 
 def image_sentences(report):
     """Describes the images, the patients and the split."""
-    model, split = report["model"] or {}, SPLITS[report["split"]]
+    model, split = report["model"] or {}, SPLIT_NAMES[report["split"]]
     negative, positive = report["classes"]
     images = "Drawn images, which are no radiographs," if report["drawn"] else "Chest radiographs"
     sentences = [f"{images} of two classes were used: {negative} and {positive}."]
@@ -80,7 +79,7 @@ def image_sentences(report):
         images = f"{n:,} images"
         if patients:  # an earlier version did not write them
             images += f" of {in_classes(patients)} patients"
-        sets.append(f"the {SPLITS[name]} set had {images}")
+        sets.append(f"the {SPLIT_NAMES[name]} set had {images}")
     sets.append(
         f"the {split} set had {report['n']:,} images of {in_classes(report['patients_by_class'])} "
         "patients"
@@ -276,7 +275,7 @@ def statistics_sentences(report):
             "Two models were compared on the same images, by the differences of their scores in "
             f"the same bootstrap samples and by the test of equal accuracy ({test})."
         )
-    sentences += methods_sentences(report)
+    sentences += other_sources_sentences(report)
     return [*sentences, f"Software: {list_versions(packages)}."]
 
 

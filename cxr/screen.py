@@ -1,11 +1,7 @@
-"""The report of evaluate.py on the screen.
-
-To add a score: add it to SCORES and to score() in cxr/scores.py; for an interval, also to
-T_INTERVAL or BCA_INTERVAL there. Screen (print_scores) and page (page.html) list all of
-report["metrics"].
-"""
+"""What evaluate.py prints: the report of a split, and the predictions of new images."""
 
 from cxr.errors import warn
+from cxr.predictions import predicted_classes
 from cxr.proportions import format_interval
 from cxr.sentences import number_label, sections, summary_rows, warnings_of
 from cxr.source_sentences import print_sources
@@ -63,3 +59,19 @@ def print_scores(report):
     print(f"\n{'':{width}}{f'predicted {negative}':>{width}}{f'predicted {positive}':>{width}}")
     print(f"{f'true {negative}':{width}}{counts['tn']:>{width}}{counts['fp']:>{width}}")
     print(f"{f'true {positive}':{width}}{counts['fn']:>{width}}{counts['tp']:>{width}}\n")
+
+
+def print_predictions(predictions, threshold, classes):
+    """Prints probability and predicted class of each image."""
+    digits = max(len("no."), len(str(len(predictions))))
+    width = max(len(file) for file in predictions["file"])
+    header = f"P({classes[1]})"
+    print(f"{'no.':>{digits}}  {'file':{width}}  {header}  prediction")
+    predicted = predicted_classes(predictions, threshold, classes)
+    for row, name in zip(predictions.itertuples(), predicted, strict=True):
+        prob = "-" if row.error else f"{row.probability:.3f}"
+        novelty = ""
+        if row.unlike > 1:
+            novelty = f", unlike the training images (novelty {row.unlike:.2g}, usually below 1)"
+        image = f"{row.number:{digits}}  {row.file:{width}}"
+        print(f"{image}  {prob:>{len(header)}}  {row.error or name}{novelty}")

@@ -13,6 +13,7 @@ from cxr.patients import METADATA
 from cxr.proportions import FEW_PATIENTS, format_interval, format_number
 
 NAMES = {"f1": "F1", "auroc": "AUROC", "ppv": "PPV", "npv": "NPV", "ece": "ECE"}
+SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}
 ROUGH_BELOW = 30  # patients of a class; with fewer, the intervals are rough
 
 NO_SPREAD = "the value is the same in every bootstrap sample"

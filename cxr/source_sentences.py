@@ -55,8 +55,8 @@ def change_text(difference):
     return f"is {abs(value):.2f} {direction} ({nearest:.2f} to {farthest:.2f})"
 
 
-def methods_sentences(report):
-    """Describes the other sources for a methods section. [4] is MOVER in cxr/methods.py."""
+def other_sources_sentences(report):
+    """Describes the other sources for a methods section. [4]: Donner and Zou in its REFERENCES."""
     if not report.get("also"):
         return []
     first, *others = report["also"]

@@ -63,7 +63,7 @@ def data_folder(given):
 def read_source(name, folder, classes, hash_dir):
     """Returns the Source in a folder. Arguments and errors are those of read_sources."""
     listed = list_source(folder, classes)
-    has_test = listed[0][0].parent.parent != folder
+    has_test = (folder / "test").is_dir()
     rows = read_metadata(folder, classes, SPLITS if has_test else [""])
     xrays = identify_all(listed, rows, hash_dir)
     refuse_copies(xrays, folder)

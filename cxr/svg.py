@@ -183,7 +183,7 @@ def plot(name, title, note, axis_labels, marks, y_ticks=None):
     grid = [line(x, 0, x, 1, "grid") + line(0, x, 1, x, "grid") for x in TICKS]
     grid += [text(x, 0, x, "tick middle", dy=18) for x in TICKS]
     y_ticks = y_ticks or {y: y for y in TICKS}
-    grid += [text(0, y, name, "tick end", dx=-8, dy=4) for y, name in y_ticks.items()]
+    grid += [text(0, y, label, "tick end", dx=-8, dy=4) for y, label in y_ticks.items()]
     area = element(
         "svg", Markup().join([*grid, *marks]), class_="area",
         x=LEFT, y=TOP, width=AREA_WIDTH, height=AREA_HEIGHT,
