@@ -52,6 +52,7 @@ confounders  how well a column of metadata.csv or a DICOM value predicts the cla
 
 sentences    what screen and page say about a report
 source_sentences  what they say about several sources
+guidelines   which subjects of CLAIM 2024 and TRIPOD+AI a report answers
 
 headings     the headings of the page, and the rows of its plots of scores
 doubts       what speaks against a result, and whether the network is better than a shortcut

@@ -20,7 +20,7 @@ from cxr.errors import Failure, as_typed
 
 TAIL_LR, HEAD_LR = 1e-4, 1e-3  # the highest learning rates of the cycle
 WEIGHT_DECAY = 0.05
-TAIL_BATCH = 32  # images that pass through the tail at once, so that many need no more memory
+TAIL_BATCH = 32  # images that pass through the tail at once: all of val/ may not fit into memory
 N_NAMES = 5  # names of modules in a message
 
 # ---------------------------------------------------------------- the cut

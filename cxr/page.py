@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 import PIL.Image
 
-from cxr import doubts, headings, methods, sentences, source_sentences, svg
+from cxr import doubts, guidelines, headings, methods, sentences, source_sentences, svg
 from cxr.files import atomic_write
 from cxr.maps import legend
 from cxr.proportions import format_interval
@@ -45,6 +45,7 @@ def write_page(folder, report, predictions, worst=(), curves=()):
         positive=positive,
         roc_of_sources=svg.roc_of_sources(curves) if curves else "",
         doubts=doubts,
+        guidelines=guidelines,
         headings=headings,
         methods=methods,
         sentences=sentences,
