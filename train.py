@@ -130,6 +130,10 @@ def train_epochs(
                     "lr": lr,
                 }
             )
+            improved = val_loss < best_val_loss
+            if improved:  # before the line, because some readers press Ctrl-C when they see it
+                best_val_loss = val_loss
+                best = TrainedHead(*copy.deepcopy(model), epoch, val_loss, val_accuracy, history)
             log(
                 f"Epoch [{epoch}/{n_epochs}], "
                 f"Train Loss: {train_loss:.4f}, Train Acc: {train_accuracy:.4f}, "
@@ -137,12 +141,7 @@ def train_epochs(
             )
             if not math.isfinite(train_loss + val_loss):
                 raise Failure(f"epoch {epoch}: the loss is not finite; {advice}", 3)
-
-            improved = val_loss < best_val_loss
-            if improved:
-                best_val_loss = val_loss
-                best = TrainedHead(*copy.deepcopy(model), epoch, val_loss, val_accuracy, history)
-            elif patience and epoch - best.epoch >= patience:
+            if not improved and patience and epoch - best.epoch >= patience:
                 log("Early stopping triggered")
                 break
     except KeyboardInterrupt as interrupt:
@@ -231,7 +230,7 @@ def train_seeds(data, args):
     for name in ("val_loss", "val_accuracy"):
         values = folds.spread([getattr(trained, name) for trained in heads])
         print(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in values.items()))
-    print(f"Saving the mean of {len(heads)} heads; epoch and curves are those of the first head")
+    print(f"The mean of {len(heads)} heads counts; epoch and curves are those of the first head")
     # The mean of linear heads is again one linear head, and it varies less between trainings.
     return mean_head(heads, data), heads
 
@@ -280,9 +279,11 @@ def fine_tune_if_better(frozen, train_xrays, val_xrays, args, device, dtype):
         return frozen._replace(best=best), None
 
     is_better = best.val_loss < frozen.best.val_loss
-    helps = "helps" if is_better else "does not help, so the frozen network is saved"
-    losses = f"validation loss {best.val_loss:.4f}, frozen {frozen.best.val_loss:.4f}"
-    print(f"Fine-tuning from {args.unfreeze} on {helps}: {losses}")
+    helps = "helps" if is_better else "does not help"
+    saved = "fine-tuned" if is_better else "frozen"
+    frozen_loss = f"that of the frozen network is {frozen.best.val_loss:.4f}"
+    losses = f"its validation loss is {best.val_loss:.4f}, {frozen_loss}"
+    print(f"Fine-tuning from {args.unfreeze} on {helps}: {losses}. The {saved} network is saved")
     description = {
         "unfreeze": args.unfreeze,
         "val_loss": best.val_loss,
@@ -387,7 +388,7 @@ def load_inputs(args, *outputs):
     xrays = read_split(args.data_dir, *splits, classes=args.classes, hash_dir=hash_dir)
     state, source = load_weights(args)
     backbone = common.build_backbone(args.arch, state, source)
-    if args.unfreeze:
+    if args.unfreeze is not None:
         check_cut(backbone.network, args.unfreeze)
     check_writable(*outputs)
     return xrays, backbone, device, dtype
@@ -481,7 +482,7 @@ def train_model(args):
     kept = keep_previous(args.checkpoint, description)
     content = save_checkpoint(args.checkpoint, backbone, head, description | fitted)
     write_history(args.results_dir / "history.csv", best.history)
-    threshold = f"threshold {fitted['threshold']:.3g}"
+    threshold = f"threshold {fitted['threshold']:.4g}"
     at_threshold = [f"{name} {format_interval(v)}" for name, v in fitted["at_threshold"].items()]
     print(f"At {threshold} on val: {', '.join(at_threshold)}")
     for text in few_patients_warnings("val", description["val_patients"]):
@@ -495,6 +496,8 @@ def train_model(args):
     saved = f"{source} in {args.checkpoint}, {threshold}"
     if best.exit_code:
         message = f"interrupted after {len(best.history)} epochs; saved {saved}"
+        if args.unfreeze and not fine_tuning:
+            message = f"interrupted before the first epoch of fine-tuning; saved {saved}"
         raise Failure("; ".join(filter(None, [message, kept])), best.exit_code)
     draw_training(args, best, train_xrays)
     print(f"Saved {saved}; curves and samples are in {args.results_dir}")
@@ -770,6 +773,8 @@ def parse_args(argv=None):
         parser.error(f"--threshold {args.threshold}: cross-validation needs a number, not a rule")
     if args.folds and args.seeds > 1:
         parser.error("--seeds and --folds cannot be used together")
+    if args.finetune_epochs != parser.get_default("finetune_epochs") and not args.unfreeze:
+        parser.error("--finetune-epochs needs --unfreeze (make: UNFREEZE)")
     if args.folds and args.unfreeze:
         other = "--folds (make cv, make curve)"
         parser.error(f"--unfreeze and {other} cannot be used together; leave one out")

@@ -73,7 +73,7 @@ def sizes(text):
         numbers = sorted({int(word) for word in text.split(",")})
         if len(numbers) >= 2 and numbers[0] >= 1:
             return numbers
-    expected = "two or more numbers of images, such as 25,50,100,200"
+    expected = "two or more different numbers of images, such as 25,50,100,200"
     raise argparse.ArgumentTypeError(f"expected {expected}, found {text!r}")
 
 

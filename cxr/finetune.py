@@ -110,7 +110,9 @@ def check_cut(network, name):
     usable = list(islice((c for c in candidates if can_cut(network, c, images)), N_NAMES))
     asked = as_typed("--unfreeze", "UNFREEZE", name)
     expected = f"expected for example {', '.join(usable)}" if usable else "nor at any other one"
-    raise Failure(f"{asked}: the network cannot be cut before such a module; {expected}")
+    is_module = name in dict(network.named_modules())
+    problem = "the network cannot be cut before this module" if is_module else "no such module"
+    raise Failure(f"{asked}: {problem}; {expected}")
 
 
 # ---------------------------------------------------------------- the training

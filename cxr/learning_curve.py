@@ -183,8 +183,8 @@ def print_curve(curve, n, args):
     """Prints the table and the sentence about the last step. n: number of images."""
     draws = f"{args.folds} folds x {args.repeats} repeats"
     print(f"Learning curve: {draws}, {n} images; a patient is in one fold only")
-    print("Each fold is predicted once; the previous fold stops the training.")
-    print("This number of images from the other folds trains the head:")
+    print("In each repeat, each fold is predicted once, and the fold before it stops the training.")
+    print("The scores for each number of images that train the head, taken from the other folds:")
     header = "".join(f"{name:>10}  {'95 % interval':14}{'SD fold':>8}" for name in NAMES.values())
     print(f"{'images':>8}{header}")
     for point in curve["points"]:

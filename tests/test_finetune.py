@@ -114,6 +114,8 @@ def test_a_part_of_the_network_that_cannot_be_trained_alone_is_refused():
 
 def test_a_wrong_name_is_one_line_with_names_that_work_and_changes_nothing(refused, home):
     before = listing(home)
+    assert "; expected for example bn" in refused(2, "train", "--unfreeze", "")
+    assert "needs --unfreeze" in refused(2, "train", "--finetune-epochs", 3)
     line = refused(2, "train", "--unfreeze", "layer9")
     assert "--unfreeze layer9 (make: UNFREEZE=layer9)" in line and "for example bn, conv" in line
     assert listing(home) == before
@@ -185,8 +187,8 @@ def test_only_the_tail_changes_and_both_losses_are_on_the_screen_and_in_model_js
     result = about["fine_tuning"]
     assert result["unfreeze"] == "layer2" and result["is_saved"]
     assert about["val_loss"] == result["val_loss"] < result["frozen_val_loss"]
-    losses = f"{result['val_loss']:.4f}, frozen {result['frozen_val_loss']:.4f}"
-    assert f"Fine-tuning from layer2 on helps: validation loss {losses}" in out
+    assert f"layer2 on helps: its validation loss is {result['val_loss']:.4f}, that of" in out
+    assert f"frozen network is {result['frozen_val_loss']:.4f}. The fine-tuned network is s" in out
     assert f"Training complete. Best validation loss: {result['val_loss']:.4f}" in out
     assert len(re.findall(r"^Epoch \[\d/4\]", out, re.MULTILINE)) == 4
     assert len(read_rows(tmp_path / "results" / "history.csv")) == 4
@@ -243,7 +245,8 @@ def test_if_fine_tuning_does_not_help_the_model_is_the_one_without_the_flag(
         assert run_finetune("--lr", 0.1, unfreeze=unfreeze) == 0
         models.append((tmp_path / "model.pth").read_bytes())
     assert models[0] == models[1]
-    assert "on does not help, so the frozen network is saved: val" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "layer2 on does not help: its val" in out and "The frozen network is saved" in out
     about = read_about(tmp_path)
     assert not about["fine_tuning"]["is_saved"]
     assert about["val_loss"] == about["fine_tuning"]["frozen_val_loss"]
@@ -286,7 +289,8 @@ def test_ctrl_c_before_the_first_epoch_of_the_fine_tuning_keeps_the_frozen_netwo
 ):
     monkeypatch.setattr(train, "validate", Mock(side_effect=[(0.6, 0.5), KeyboardInterrupt]))
     assert run_finetune("--epochs", 1) == 130
-    assert "saved epoch 1 of the frozen network in " in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "interrupted before the first epoch of fine-tuning; saved epoch 1 of the froz" in error
     assert read_about(tmp_path)["val_loss"] == 0.6
     assert read_about(tmp_path)["fine_tuning"] is None
 

@@ -234,9 +234,9 @@ def test_the_size_of_all_that_a_fold_leaves_gives_the_scores_of_the_cross_valida
     [
         (["--sizes", "8,16"], "--sizes needs --folds: add --folds 10 --repeats 5, or run make cur"),
         (["--sizes", "8,16", "--folds", "4", "--seeds", "2"], "--seeds and --folds cannot be used"),
-        (["--folds", "4", "--sizes", "8,many"], "expected two or more numbers of images"),
-        (["--folds", "4", "--sizes", "8,8"], "expected two or more numbers of images"),
-        (["--folds", "4", "--sizes", "0,8"], "expected two or more numbers of images"),
+        (["--folds", "4", "--sizes", "8,many"], "expected two or more different numbers of images"),
+        (["--folds", "4", "--sizes", "8,8"], "expected two or more different numbers of images"),
+        (["--folds", "4", "--sizes", "0,8"], "expected two or more different numbers of images"),
         (
             ["--folds", "4", "--sizes", "6,200,400"],
             'use two or more sizes up to 12 (make curve ARGS="--sizes 6,12")',

@@ -239,6 +239,15 @@ def test_ctrl_c_saves_the_best_epoch_so_far(run_train, tmp_path, monkeypatch, ca
     assert read_about(tmp_path)["epoch"] == 2 and (tmp_path / "model.pth").exists()
 
 
+def test_ctrl_c_at_the_line_of_an_epoch_keeps_this_epoch(monkeypatch):
+    monkeypatch.setattr(train, "validate", Mock(side_effect=[(0.6, 0.5), (0.4, 0.5)]))
+    labels = torch.tensor([0.0, 1.0])
+    data = train.HeadData(torch.eye(2)[:, None], labels, torch.eye(2), labels)
+    log = Mock(side_effect=[None, KeyboardInterrupt])
+    best = train.train_head(data, train.parse_args([]), 0, log)
+    assert (best.epoch, best.val_loss, best.exit_code) == (2, 0.4, 130)
+
+
 SEVERAL_HEADS = ("--seeds", 3), ("--folds", 3), ("--folds", 3, "--sizes", "8,16")
 
 
