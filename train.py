@@ -58,7 +58,8 @@ from cxr.proportions import accuracy_intervals, few_patients_warnings, format_in
 class HeadData(NamedTuple):
     """Features and labels to train a head. Label 1 is the positive class.
 
-    To train a tail, the features are activations: (channels, height, width) instead of (width).
+    To train a tail, the features are activations: instead of the width they have the shape at the
+    cut, such as (channels, height, width).
     """
 
     train_features: torch.Tensor  # (N, n_views, width), float32 or the fast dtype of the device
@@ -70,7 +71,9 @@ class HeadData(NamedTuple):
 class TrainedHead(NamedTuple):
     """A head at its best epoch, or the mean of several heads."""
 
-    tail: nn.Module | None  # before the head: the trained Tail, None if the network is frozen
+    # What comes before the head: the trained Tail; None if the network is frozen. From train_epochs
+    # to train_head, it is Standardize.
+    tail: nn.Module | None
     head: nn.Linear  # on features that are not standardised
     epoch: int
     val_loss: float
@@ -364,7 +367,10 @@ def fine_tune(backbone, data, args, seed, device):
 
 @torch.no_grad()
 def compute_features(tail, data):
-    """Returns `data` with the features of a trained tail instead of the activations."""
+    """Returns `data` with the features of a trained tail instead of the activations.
+
+    The training features are those of view 0 only: (N, 1, width).
+    """
     return data._replace(
         train_features=tail(data.train_features[:, 0])[:, None],
         val_features=tail(data.val_features),
