@@ -363,6 +363,7 @@ def score_split(args):
     for source in sources:
         scored = predict(model, source.xrays, source.files, args)
         tables.append(Table(source.name, str(source.folder), *scored))
+        origin["warnings"] += [f"source {source.name}: {x}" for x in novelty_warnings(scored[1])]
     report = summarise(predictions, origin, other, args)
     report["also"] = compare_sources(tables, report, args.seed)
     worst = draw_worst(args.results_dir / "worst.png", model, views, readable, report)

@@ -14,6 +14,7 @@ from cxr.sentences import (
     number_label,
     strata_text,
 )
+from cxr.source_sentences import has_few_patients, headline, worse_sources
 
 ALL_NUMBERS = "all simple numbers of the images together"
 NOT_BETTER = "the network is not clearly better than"
@@ -32,6 +33,7 @@ def reasons_to_doubt(report):
         only_look = "this page shows what a report looks like, not how good the method is."
         reasons.append(f"{' and '.join(kinds).capitalize()}: {only_look}")
     reasons += report["warnings"]
+    reasons += [f"{headline(source, report['also'][0])}." for source in worse_sources(report)]
     if allows_conclusions(report):
         reasons += [
             f"{capitalised(NOT_BETTER)} {name}, which has {text}. So these images do not show that "
@@ -54,13 +56,30 @@ def next_step(report):
         return "Collect images of more patients."
     if (report["unlike"] or {}).get("elsewhere"):
         return "Find out how these images differ from those of the training."
+    worse = worse_sources(report)
+    if worse:
+        return (
+            f"Check the calibration and the threshold at {worse[0]['name']} with local images. "
+            "They do not change the AUROC: if it is lower there, train with such images too."
+        )
     equal = equal_shortcuts(report)
     if equal:
         return (
             f"Collect images whose classes do not differ in {equal[0][0].removesuffix(' alone')}, "
             "and score them."
         )
-    return "Score images of another hospital: this result may not hold there."
+    return next_step_elsewhere(report)
+
+
+def next_step_elsewhere(report):
+    """Returns the next step if nothing speaks against the result of the first source."""
+    others = (report.get("also") or [])[1:]
+    if not others:
+        return "Score images of another hospital: this result may not hold there."
+    few = [source["name"] for source in others if has_few_patients(source)]
+    if few:
+        return f"Collect images of more patients at {few[0]}."
+    return "Quote the scores of all sources, and look at the images that were misclassified."
 
 
 def equal_shortcuts(report):

@@ -21,8 +21,9 @@ def headline(source, first):
     name, reasons = source["name"], source["reasons"]
     if "auroc" in reasons:
         return f"At {name} the AUROC is unknown: {reasons['auroc']}"
-    few = [f"{n} {label}" for label, n in source["patients_by_class"].items() if n < FEW_PATIENTS]
-    if few:
+    if has_few_patients(source):
+        by_class = source["patients_by_class"].items()
+        few = [f"{n} {label}" for label, n in by_class if n < FEW_PATIENTS]
         auroc = source["scores"]["auroc"]["value"]
         counts = " and ".join(few)
         return (
@@ -30,6 +31,31 @@ def headline(source, first):
         )
     auroc, accuracy = (change_text(source["difference"][score]) for score in ("auroc", "accuracy"))
     return f"At {name} the AUROC {auroc} and the accuracy {accuracy}, compared with {first['name']}"
+
+
+def has_few_patients(source):
+    """Returns True if a class has so few patients that the source allows no conclusion."""
+    return min(source["patients_by_class"].values()) < FEW_PATIENTS
+
+
+def worse_sources(report):
+    """Returns the sources where the AUROC or the accuracy is clearly lower than at the first."""
+    worse = []
+    for source in (report.get("also") or [])[1:]:
+        limits = [source["difference"][name]["high"] for name in ("auroc", "accuracy")]
+        is_lower = any(limit is not None and limit < 0 for limit in limits)
+        if is_lower and not has_few_patients(source):
+            worse.append(source)
+    return worse
+
+
+def lead_sentence(sources):
+    """Says on which other images the network was scored, and with which accuracy."""
+    scored = []
+    for source in sources[1:]:
+        accuracy = format_interval(source["scores"]["accuracy"])
+        scored.append(f"{source['n']:,} images of {source['name']} (accuracy {accuracy})")
+    return f"It was also scored on {'; '.join(scored)}."
 
 
 def sources_heading(sources):

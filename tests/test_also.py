@@ -15,6 +15,7 @@ import cxr.bootstrap
 import evaluate
 from common import one_thread
 from cxr.also import SCORES, score_source
+from cxr.doubts import next_step
 from cxr.files import write_json
 from cxr.predictions import as_arrays
 from cxr.proportions import difference_interval, format_interval, wilson_interval
@@ -226,6 +227,39 @@ def test_the_page_shows_how_much_local_images_would_help(rescore, tmp_path, caps
         methods.split()
     )
     assert "fitted again on 20 or 50 images of a source" in " ".join(methods.split())
+
+
+def test_a_source_unlike_the_training_images_causes_a_warning(
+    run_evaluate, hospital, tmp_path, capsys
+):
+    rng = np.random.default_rng(0)
+    for path in hospital.glob("test/*/*"):
+        Image.fromarray(rng.integers(0, 256, (300, 300), np.uint8)).save(path)
+    assert run_evaluate("--also", hospital) == 0
+    (warning,) = read_report(tmp_path / "results")["warnings"]
+    assert warning.startswith(
+        "source nih: 30 of 30 images differ strongly from the training images"
+    )
+    assert warning in capsys.readouterr().err
+    assert escape(warning) in (tmp_path / "results" / "report.html").read_text()
+
+
+def test_a_source_where_the_model_fails_is_in_the_first_lines_of_the_page(rescore, tmp_path):
+    labels, rng = np.arange(80) % 2, np.random.default_rng(0)
+    write_rows(tmp_path / "predictions.csv", labels, 0.3 * labels + 0.7 * rng.random(80))
+    write_rows(tmp_path / "predictions_nih.csv", labels, rng.random(80))
+    source = {"name": "nih", "data": "nih", "table": "predictions_nih.csv", "unlike": None}
+    before = {"threshold": 0.5, "model": {"sha256": ""}}
+    before["also"] = [{"name": "home", "data": "home", "unlike": None}, source]
+    write_json(tmp_path / "metrics.json", before)
+    _, folder = rescore(tmp_path / "predictions.csv")
+    report, page = read_report(folder), (folder / "report.html").read_text()
+    first, source = report["also"]
+    accuracy = format_interval(source["scores"]["accuracy"])
+    lead, banner = page[: page.index('class="banner"')], page[: page.index("Next step:")]
+    assert f"also scored on 80 images of nih (accuracy {accuracy})" in lead
+    assert headline(source, first) in banner and "is 0." in headline(source, first)
+    assert next_step(report).startswith("Check the calibration and the threshold at nih")
 
 
 # ---------------------------------------------------------------- simulations

@@ -58,12 +58,27 @@ def test_a_column_with_an_alarm_says_what_to_quote(report):
     )
 
 
+def other_source(name, low, high):
+    """Returns those parts of a source of report["also"] that the next step depends on."""
+    same = interval(0, -0.1, 0.1)
+    difference = {"auroc": same, "accuracy": interval((low + high) / 2, low, high)}
+    patients = {"NORMAL": 30, "PNEUMONIA": 30}
+    return {"name": name, "difference": difference, "patients_by_class": patients}
+
+
 def test_the_next_step_is_the_one_that_must_come_first(report):
     assert doubts.next_step(report).startswith("Train a network with pretrained weights")
     report["drawn"], report["model"]["weights"] = False, "imagenet"
     report["shortcut"] = {"none": "no training images"}
     report["unlike"] = report["confounders"] = None
     assert doubts.next_step(report).startswith("Score images of another hospital")
+    report["also"] = [{"name": "home"}, other_source("A", -0.1, 0.1), other_source("B", -0.1, 0.1)]
+    assert doubts.next_step(report).startswith("Quote the scores of all sources")
+    report["also"][1]["patients_by_class"]["NORMAL"] = 0
+    assert doubts.next_step(report) == "Collect images of more patients at A."
+    report["also"][2] = other_source("B", -0.2, -0.1)
+    assert doubts.next_step(report).startswith("Check the calibration and the threshold at B")
+    report["also"] = None
     row = {"auroc": 0.9, "difference": interval(0.03, -0.01, 0.07), "network_is": "NOT BETTER"}
     report["shortcut"] = {"number": "file size", "numbers": {"file size": row}}
     assert "whose classes do not differ in the file size, and score" in doubts.next_step(report)
