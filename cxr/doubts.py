@@ -5,6 +5,7 @@ report: the content of metrics.json.
 
 from cxr.leaks import NO_RESULT
 from cxr.proportions import format_interval
+from cxr.scores import below_chance
 from cxr.sentences import (
     allows_conclusions,
     baseline_text,
@@ -52,6 +53,8 @@ def next_step(report):
         return "Score a test set that played no part in the training."
     if leaks.get("images") or leaks.get("patients"):
         return "Separate the patients of the test set from those of the training, and train again."
+    if below_chance(report["metrics"]["auroc"], report["patients_by_class"]):
+        return "Check the class folders, and the order of --classes (make: CLASSES)."
     if not allows_conclusions(report):
         return "Collect images of more patients."
     if (report["unlike"] or {}).get("elsewhere"):

@@ -199,6 +199,8 @@ def calibration_in_words(report):
     intercept, slope = report["calibration"]["intercept"], report["calibration"]["slope"]
     if intercept["low"] is None or slope["low"] is None:
         return "the calibration could not be measured"
+    if slope["high"] < 0:
+        return "the probabilities point the wrong way"
     if intercept["low"] > 0:
         return "the probabilities are too low"
     if intercept["high"] < 0:

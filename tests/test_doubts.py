@@ -88,5 +88,9 @@ def test_the_next_step_is_the_one_that_must_come_first(report):
     assert doubts.next_step(report) == "Collect images of more patients."
     report["leaks"]["patients"] = [3]
     assert doubts.next_step(report).startswith("Separate the patients of the test set")
+    report["leaks"]["patients"], report["metrics"]["auroc"] = [], interval(0.2, 0.1, 0.3)
+    assert doubts.next_step(report).startswith(
+        "Check the class folders, and the order of --classes"
+    )
     report["split"] = "val"
     assert doubts.next_step(report).startswith("Score a test set that played no part")

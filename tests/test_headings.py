@@ -48,6 +48,7 @@ def test_groups_are_alike_or_different_only_if_the_interval_says_so(report, grou
     [
         ((-1.6, -0.6), (0.8, 1.7), "the probabilities are too high"),
         ((0.6, 1.6), (0.8, 1.7), "the probabilities are too low"),
+        ((0.6, 1.6), (-1.7, -0.8), "the probabilities point the wrong way"),
         ((-0.6, 0.6), (0.4, 0.9), "the probabilities are too extreme, too close to 0 or 1"),
         ((-0.6, 0.6), (1.1, 2.9), "the probabilities are too moderate, too far from 0 and 1"),
         ((-0.6, 0.6), (0.8, 1.7), "the probabilities show no clear error"),
