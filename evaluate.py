@@ -82,7 +82,14 @@ from cxr.scores import (
 )
 from cxr.screen import name_label, print_predictions, print_report, print_warnings
 from cxr.sentences import number_label
-from cxr.sources import read_sources, refuse_training_images, source_name, source_warnings
+from cxr.sources import (
+    Source,
+    read_sources,
+    refuse_first_source,
+    refuse_training_images,
+    source_name,
+    source_warnings,
+)
 from cxr.transforms import compare_transforms
 
 PACKAGES = ("torch", "torchvision", "torchmetrics", "scipy", "scikit-learn", "numpy", "pillow")
@@ -353,13 +360,15 @@ def score_split(args):
     training, reason = list_training_xrays(args.data_dir, rows, classes, hash_dir)
     sources = read_sources(args.also, args.data_dir, classes, hash_dir)
     refuse_training_images(sources, set.union(*known_hashes(model.info, training)))
+    first = Source(source_name(args.data_dir), args.data_dir, xrays, names)
+    refuse_first_source(sources, first)
     check_outputs(args, model, "metrics.json", "predictions.csv")
     predictions, novelty = predict(model, xrays, names, args)
     views = readable_views(model, xrays, predictions)
     readable = drop_unreadable(predictions)
     origin = describe_origin(args, model, readable, views.xrays, training, reason, novelty)
-    origin["warnings"] += source_warnings(sources, xrays, training, common.SIZE)
-    tables = [Table(source_name(args.data_dir), origin["data"], predictions, novelty)]
+    origin["warnings"] += source_warnings(sources, first, training, common.SIZE)
+    tables = [Table(first.name, origin["data"], predictions, novelty)]
     for source in sources:
         scored = predict(model, source.xrays, source.files, args)
         tables.append(Table(source.name, str(source.folder), *scored))

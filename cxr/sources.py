@@ -1,5 +1,6 @@
 """Data folders of other sources, such as another hospital, for evaluate.py --also."""
 
+import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -119,19 +120,30 @@ def refuse_training_images(sources, known):
             )
 
 
+def refuse_first_source(sources, first):
+    """Raises Failure if all images of a source are images of the first Source."""
+    known = {xray.sha256 for xray in first.xrays}
+    for source in sources:
+        if all(xray.sha256 and xray.sha256 in known for xray in source.xrays):
+            raise Failure(
+                f"--also {source.folder}: all {len(source.xrays)} images are also images of "
+                f"{first.name}, the first source, so there is nothing to compare; name the folder "
+                "of another source (make: ALSO)"
+            )
+
+
 def source_warnings(sources, first, training, size):
     """Returns warnings about sources that share images or patients with other images.
 
-    first: Xrays of the first source; training: Xrays of train/ and val/; size: see decode.
+    first: the first Source; training: Xrays of train/ and val/; size: see decode.
     """
     if not sources:
         return []
     n_copies = count_near_copies(sources, training, size)
-    known, known_patients = {xray.sha256 for xray in first}, dicom_patients(training)
+    known_patients = dicom_patients(training)
     warnings = []
     for source, copies in zip(sources, n_copies, strict=True):
         n = len(source.xrays)
-        same = sum(bool(xray.sha256) and xray.sha256 in known for xray in source.xrays)
         # Ids of two tables are not compared: every hospital has a patient 1.
         shared = dicom_patients(source.xrays) & known_patients
         if copies:
@@ -145,12 +157,23 @@ def source_warnings(sources, first, training, size):
                 f"source {source.name}: {len(shared)} patients are also in train/ or val/ (the "
                 "same PatientID in DICOM), so it may be the same hospital. Remove their images"
             )
-        if same:
-            warnings.append(
-                f"source {source.name}: {same} of {n} images are also images of the first source. "
-                "The intervals of the differences assume different patients. Remove these images"
-            )
-    return warnings
+    pairs = itertools.combinations([first, *sources], 2)
+    return warnings + [text for pair in pairs for text in overlap_warnings(*pair)]
+
+
+def overlap_warnings(earlier, later):
+    """Returns warnings if two Sources share images, or patients by their id in DICOM."""
+    known, n = {xray.sha256 for xray in earlier.xrays}, len(later.xrays)
+    same = sum(bool(xray.sha256) and xray.sha256 in known for xray in later.xrays)
+    shared = dicom_patients(later.xrays) & dicom_patients(earlier.xrays)
+    found = []
+    if same:
+        found.append(f"{same} of {n} images are also images of {earlier.name}")
+    if shared:
+        what = f"{len(shared)} patients are also patients of {earlier.name}"
+        found.append(f"{what} (the same PatientID in DICOM)")
+    advice = "The intervals of the differences assume different patients. Remove these images"
+    return [f"source {later.name}: {text}. {advice}" for text in found]
 
 
 def count_near_copies(sources, training, size):

@@ -137,7 +137,37 @@ def test_images_of_the_first_source_cause_a_warning(run_evaluate, hospital, data
     shutil.copy(first, hospital / "test/NORMAL/same.jpeg")
     assert run_evaluate("--also", hospital) == 0
     (warning,) = read_report(tmp_path / "results")["warnings"]
-    assert warning.startswith("source nih: 1 of 31 images are also images of the first source")
+    assert warning.startswith("source nih: 1 of 31 images are also images of chestxrays")
+
+
+def test_a_source_with_images_of_the_first_one_only_is_refused(refused, data, tmp_path):
+    copy = Path(shutil.copytree(data / "test", tmp_path / "copy"))
+    next(path for path in copy.glob("*/*")).unlink()
+    line = refused("--also", copy)
+    assert f"--also {copy}: all 23 images are also images of chestxrays" in line
+
+
+def test_shared_images_and_dicom_patients_of_any_two_sources_cause_a_warning(
+    run_evaluate, hospital, data, tmp_path
+):
+    rng = np.random.default_rng(0)
+    third = tmp_path / "third"
+    (third / "NORMAL").mkdir(parents=True)
+    for folder in (data / "test/NORMAL", hospital / "test/NORMAL", third / "NORMAL"):
+        noise = LEVELS + rng.integers(0, 300, LEVELS.shape, np.uint16)
+        write_dicom(folder / "a.dcm", noise, PatientID="PACS-17")
+    shutil.copy(list_images(hospital / "test/NORMAL")[1], third / "NORMAL")
+    assert run_evaluate("--data-dir", data, "--also", hospital, "--also", third) == 0
+    warnings = [w for w in read_report(tmp_path / "results")["warnings"] if " also " in w]
+    expected = [
+        "source nih: 1 patients are also patients of chestxrays (the same PatientID in DICOM)",
+        "source third: 1 patients are also patients of chestxrays",
+        "source third: 1 of 2 images are also images of nih",
+        "source third: 1 patients are also patients of nih",
+    ]
+    assert len(warnings) == 4
+    for text, start in zip(warnings, expected, strict=True):
+        assert text.startswith(start)
 
 
 def test_shared_patients_are_found_by_dicom_ids_only(
