@@ -13,12 +13,17 @@ from cxr.sentences import (
     confounder_text,
     novelty_line,
     number_label,
+    rough_line,
     strata_text,
 )
 from cxr.source_sentences import has_few_patients, headline, worse_sources
 
 ALL_NUMBERS = "all simple numbers of the images together"
 NOT_BETTER = "the network is not clearly better than"
+LEAKS_NOT_TESTED = (
+    "It was not tested whether the network knows these images or patients, because the images of "
+    "its training are unknown. If it knows them, the scores are too high."
+)
 
 
 def reasons_to_doubt(report):
@@ -34,6 +39,10 @@ def reasons_to_doubt(report):
         only_look = "this page shows what a report looks like, not how good the method is."
         reasons.append(f"{' and '.join(kinds).capitalize()}: {only_look}")
     reasons += report["warnings"]
+    if not (report["leaks"] or {}).get("known"):
+        reasons.append(LEAKS_NOT_TESTED)
+    if allows_conclusions(report) and rough_line(report):  # of fewer patients, there is a warning
+        reasons.append(f"There are {rough_line(report)}.")
     reasons += [f"{headline(source, report['also'][0])}." for source in worse_sources(report)]
     if allows_conclusions(report):
         reasons += [

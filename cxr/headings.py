@@ -26,7 +26,8 @@ def page_title(report):
 def origin_sentence(report):
     """Says which network was trained on how many images, and on how many it was scored."""
     model = report["model"] or {}
-    network = f"The network {model.get('arch') or Path(model.get('file') or 'unknown').name}"
+    name = model.get("arch") or Path(model.get("file") or "").name
+    network = f"The network {name}" if name else "An unknown network"
     n = model.get("images") or {}
     if n:
         learned = " and ".join(f"{n[split]} {SPLIT_NAMES[split]} images" for split in n)

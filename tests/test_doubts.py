@@ -1,7 +1,8 @@
 """cxr/doubts.py: what speaks against a result, as far as the intervals say so."""
 
+import numpy as np
 import pytest
-from helpers import interval, read_report
+from helpers import interval, read_report, write_rows
 
 from cxr import doubts
 
@@ -56,6 +57,23 @@ def test_a_column_with_an_alarm_says_what_to_quote(report):
         "not clearly better than the column site alone" in x
         for x in doubts.reasons_to_doubt(report)
     )
+
+
+def test_what_a_table_of_unknown_origin_cannot_show_is_a_reason_to_doubt(rescore, tmp_path):
+    labels, rng = np.arange(40) % 2, np.random.default_rng(0)
+    write_rows(tmp_path / "predictions.csv", labels, 0.3 * labels + 0.7 * rng.random(40))
+    _, folder = rescore(tmp_path / "predictions.csv")
+    reasons, page = (
+        doubts.reasons_to_doubt(read_report(folder)),
+        (folder / "report.html").read_text(),
+    )
+    assert reasons == [
+        "It was not tested whether the network knows these images or patients, because the images "
+        "of its training are unknown. If it knows them, the scores are too high.",
+        "There are fewer than 30 patients in a class, so the intervals are rough.",
+    ]
+    assert all(text in page for text in reasons)
+    assert "An unknown network was scored on 40 images of 40 patients." in page
 
 
 def other_source(name, low, high):
