@@ -7,6 +7,7 @@ from cxr.also import SCORES
 from cxr.errors import either
 from cxr.local_data import DRAWS
 from cxr.proportions import FEW_PATIENTS, format_interval, format_number
+from cxr.sources import source_name
 
 LOCAL_TITLE = "How much local images would help"
 LOCAL_METHOD = (
@@ -143,9 +144,20 @@ def table_rows(sources, positive):
     return rows
 
 
+def order_notes(sources):
+    """Returns lines that say which folder a source is that has the name of an earlier one."""
+    names = [sources[0]["name"], *(source_name(source["data"]) for source in sources[1:])]
+    folded, lines = [name.casefold() for name in names], []
+    for i, source in enumerate(sources):
+        if source["name"].rpartition("-")[0] == names[i]:
+            which = f"folder {folded[: i + 1].count(folded[i])} with the name {names[i]}"
+            lines.append(f"{source['name']}: {which}, in the order of the command line")
+    return lines
+
+
 def notes(sources):
-    """Returns lines about what is missing in the table of the sources, and why."""
-    lines = []
+    """Returns lines about the names of the sources, and about what is missing in their table."""
+    lines = order_notes(sources)
     for source in sources:
         name, unknown = source["name"], source["names_without_patient"]
         if source["unreadable"]:
@@ -204,6 +216,8 @@ def print_sources(report):
     """Prints the sources side by side, and how much local images would help."""
     sources, (_, positive) = report["also"], report["classes"]
     print("Sources, with the same model and threshold:")
+    for source in sources:
+        print(f"  {source['name']}: {source['data']}")
     print_table(sources, positive)
     for line in notes(sources) + [headline(source, sources[0]) for source in sources[1:]]:
         print(f"  {line}")

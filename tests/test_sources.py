@@ -40,7 +40,7 @@ def other_source(tmp_path):
     return read_report(tmp_path / "results")["also"][1]
 
 
-def test_a_folder_may_hold_test_or_the_class_folders(run_evaluate, hospital, tmp_path):
+def test_a_folder_may_hold_test_or_the_class_folders(run_evaluate, hospital, tmp_path, capsys):
     direct = Path(shutil.copytree(hospital / "test", tmp_path / "direct"))
     given = ("--also", hospital, "--also", direct, "--also", hospital / "test")
     assert run_evaluate(*given) == 0
@@ -53,6 +53,10 @@ def test_a_folder_may_hold_test_or_the_class_folders(run_evaluate, hospital, tmp
     ]
     assert names[0] == names[2] == [f"test/{name}" for name in names[1]]
     assert len(names[1]) == 30 and names[1][0].startswith("NORMAL/")
+    screen, page = capsys.readouterr().out, (tmp_path / "results" / "report.html").read_text()
+    assert f"  nih: {hospital}\n" in screen and f"  direct: {direct}\n" in screen
+    note = "nih-2: folder 2 with the name nih, in the order of the command line"
+    assert note in screen and note in page and str(tmp_path) not in page
 
 
 def test_a_source_with_the_name_of_the_first_one_gets_another_name(
@@ -63,6 +67,8 @@ def test_a_source_with_the_name_of_the_first_one_gets_another_name(
     first, second = read_report(tmp_path / "results")["also"]
     assert (first["name"], second["name"]) == ("chestxrays", "Chestxrays-2")
     assert (tmp_path / "results" / "predictions_Chestxrays-2.csv").exists()
+    note = "Chestxrays-2: folder 2 with the name Chestxrays, in the order of the command line"
+    assert note in (tmp_path / "results" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("direct", [False, True])
