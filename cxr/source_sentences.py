@@ -164,6 +164,9 @@ def notes(sources):
             lines.append(f"{name}: {source['unreadable']} more images could not be read")
         if unknown:
             lines.append(f"{name}: {unknown} images without a known patient, each counts as one")
+        if "difference" in source and source["difference"]["accuracy"]["value"] is None:
+            why = "because that of one class cannot be compared with that of both"
+            lines.append(f"{name}: no difference of the accuracy, {why}")
         scores_of = {}  # the scores that are missing for each reason
         for score, reason in source["reasons"].items():
             scores_of.setdefault(reason, []).append(SCORES[score].partition(" (")[0])

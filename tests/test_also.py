@@ -145,6 +145,8 @@ def test_a_source_of_one_class_has_the_scores_that_can_be_computed(
         set(SCORES) - known, f"there is no readable {absent} image"
     )
     assert f"no AUROC, {'Specificity' if absent == 'NORMAL' else 'Sensitivity'}" in screen
+    why = "nih: no difference of the accuracy, because that of one class cannot be compared"
+    assert why in screen and why in (tmp_path / "results" / "report.html").read_text()
     assert f"At nih the AUROC is unknown: there is no readable {absent} image" in screen
     assert rescore(tmp_path / "results" / "predictions.csv")[0] == 0
 
@@ -218,6 +220,8 @@ def test_the_page_shows_how_much_local_images_would_help(rescore, tmp_path, caps
     screen, page = capsys.readouterr().out, (folder / "report.html").read_text()
     for row in local_rows(local):
         assert all(text in page and text in screen for text in row)
+    # On a phone, page.css hides the head of each table.
+    assert "<h4>nih</h4>" in page[: page.index('<td data-label="Brier score">')]
     note = "nih: not measured with 100 local images, because less than half of the 120 images"
     before, after = local["unchanged"]["accuracy"], local["with_local"][1]["accuracy"]["mean"]
     assert note in page and note in screen
