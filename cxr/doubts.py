@@ -38,7 +38,7 @@ def reasons_to_doubt(report):
     if kinds:
         only_look = "this page shows what a report looks like, not how good the method is."
         reasons.append(f"{' and '.join(kinds).capitalize()}: {only_look}")
-    reasons += report["warnings"]
+    reasons += warnings_without_repetition(report)
     if not (report["leaks"] or {}).get("known"):
         reasons.append(LEAKS_NOT_TESTED)
     if allows_conclusions(report) and rough_line(report):  # of fewer patients, there is a warning
@@ -51,6 +51,16 @@ def reasons_to_doubt(report):
             for name, text in equal_shortcuts(report)
         ]
     return reasons
+
+
+def warnings_without_repetition(report):
+    """Returns the warnings, without that of confounders if equal_shortcuts has them all."""
+    rows = (report["confounders"] or {}).get("columns", [])
+    alarms = [row["difference"] for row in rows if row["alarm"]]
+    is_repeated = alarms and allows_conclusions(report) and not any(map(is_above_0, alarms))
+    if not is_repeated:
+        return report["warnings"]
+    return [text for text in report["warnings"] if not text.startswith("confounder: ")]
 
 
 def next_step(report):

@@ -5,6 +5,7 @@ import pytest
 from helpers import interval, read_report, write_rows
 
 from cxr import doubts
+from cxr.confounders import confounder_warnings
 
 
 @pytest.fixture
@@ -53,10 +54,13 @@ def test_a_column_with_an_alarm_says_what_to_quote(report):
     assert meaning.startswith("The network is not better than this.") and "ALARM" in meaning
     assert rows["Other columns"][0] == "AUROC age 0.500 (0.400 to 0.600)"
     assert rows["Columns that were left out"][0] == "id (one value)"
-    assert any(
-        "not clearly better than the column site alone" in x
-        for x in doubts.reasons_to_doubt(report)
-    )
+    report["warnings"] = [*confounder_warnings(report["confounders"]), "another one"]
+    reasons = [text for text in doubts.reasons_to_doubt(report) if "site alone" in text]
+    assert len(reasons) == 1 and "not clearly better than the column site alone" in reasons[0]
+    assert "another one" in doubts.reasons_to_doubt(report)
+    row["difference"] = interval(0.2, 0.1, 0.3)
+    reasons = [text for text in doubts.reasons_to_doubt(report) if "site alone" in text]
+    assert len(reasons) == 1 and reasons[0].startswith("confounder: site alone predicts the class")
 
 
 def test_what_a_table_of_unknown_origin_cannot_show_is_a_reason_to_doubt(rescore, tmp_path):
