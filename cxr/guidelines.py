@@ -28,7 +28,8 @@ AUTHORS_ONLY = (
 def answered_subjects(report):
     """Returns the subjects of CLAIM 2024 and TRIPOD+AI that the page and the paragraph answer."""
     model = report["model"] or {}
-    subjects = ["the number of images and patients, and whether the sets share patients"]
+    sets = ", and whether the sets share patients" if knows_all_sets(report) else ""
+    subjects = [f"the number of images and patients{sets}"]
     if model.get("transforms"):
         subjects.append("how the images were prepared")
     if model.get("flags"):
@@ -36,25 +37,45 @@ def answered_subjects(report):
             "the network, its initial weights, training, data augmentation, class imbalance, and "
             "how the final model was chosen"
         )
+    if report["calibration"]["slope"]["low"] is not None:
+        subjects.append("calibration of the probabilities")
     subjects += [
-        "calibration of the probabilities, and how the threshold was chosen",
+        "how the threshold was chosen",
         "measures of performance with their uncertainty, and how it was computed",
     ]
-    if report["subgroups"]:
+    if has_patient_subgroups(report):
         subjects.append("performance in subgroups of patients")
-    if report["shortcut"] or report["confounders"]:
-        subjects.append("robustness: shortcuts, confounders, and images unlike the training images")
+    tests = {
+        "shortcuts": "numbers" in (report["shortcut"] or {}),
+        "confounders": (report["confounders"] or {}).get("columns"),
+        "images unlike the training images": report["unlike"],
+    }
+    tested = [name for name, result in tests.items() if result]
+    if tested:
+        subjects.append(f"robustness: {', '.join(tested)}")
     subjects += ["the number of errors of each kind", "software and versions"]
     if report.get("also"):
         subjects.append("testing on external data")
     return subjects
 
 
+def has_patient_subgroups(report):
+    """Returns True if there are subgroups by another column than the kind of pneumonia."""
+    return any(row["column"] != "etiology" for row in report["subgroups"].values())
+
+
 def unanswered_subjects(report):
     """Returns the subjects of these guidelines that only the authors can answer."""
     subjects = list(AUTHORS_ONLY)
-    if not report["subgroups"]:
+    if not has_patient_subgroups(report):
         subjects.append("performance in subgroups of patients (add columns to metadata.csv)")
     if not report.get("also"):
         subjects.append("testing on external data, of another hospital")
     return subjects
+
+
+def knows_all_sets(report):
+    """Returns True if the run had all images of the model, to compare their patients, too."""
+    leaks = report["leaks"] or {}
+    # An earlier version did not write "present".
+    return bool(leaks.get("learned") and leaks.get("present") and not leaks["absent"])

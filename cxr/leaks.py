@@ -48,7 +48,8 @@ def find_leaks(model_info, xrays, numbers, training):
     predictions.csv; training: the Xrays of train/ and val/. Keys of the result: images (numbers of
     the scored images that are in train/ or val/), patients (of those whose patient is), n (how many
     images are scored), known (with how many others they were compared), learned (how many of these
-    belong to the model) and absent (how many of those are not in the folders).
+    belong to the model), present (how many images are in the folders) and absent (how many of the
+    model's images are not).
     """
     learned, present = known_hashes(model_info, training)
     used = learned | present  # the folders may have changed since the training
@@ -59,6 +60,7 @@ def find_leaks(model_info, xrays, numbers, training):
         "patients": [number for xray, number in numbered if xray.patient in patients],
         "n": len(xrays),
         "known": len(used),
+        "present": len(present),
         "absent": len(learned - present) if present else 0,
         "learned": len(learned),
     }

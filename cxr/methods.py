@@ -10,7 +10,7 @@ from pathlib import Path
 from cxr.bootstrap import DRAWS
 from cxr.files import atomic_write
 from cxr.finetune import HEAD_LR, TAIL_LR, WEIGHT_DECAY
-from cxr.guidelines import GUIDELINES, answered_subjects, unanswered_subjects
+from cxr.guidelines import GUIDELINES, answered_subjects, knows_all_sets, unanswered_subjects
 from cxr.sentences import SPLIT_NAMES, capitalised, list_versions
 from cxr.source_sentences import other_sources_sentences
 
@@ -67,20 +67,22 @@ def image_sentences(report):
     )
     sentences.append(capitalised(f"{'; '.join(sets)}."))
     unknown = report["names_without_patient"]
-    if unknown:
+    if unknown == report["n"]:
+        sentences.append("The patients are unknown; each image counted as one patient.")
+    elif unknown:
         sentences.append(
             f"The patient of {unknown:,} {split} images is unknown; each of these images counts as "
             "one patient."
         )
     leaks = report["leaks"]
-    if leaks and leaks["known"] and report["split"] == "test":
+    if leaks and report["split"] == "test":
         shared = len(leaks["images"]), len(leaks["patients"])
         if any(shared):
             sentences.append(
                 f"{shared[0]:,} test images were also training or validation images, and "
                 f"{shared[1]:,} were of patients of these sets."
             )
-        else:
+        elif knows_all_sets(report):
             sentences.append(
                 "No test image and no known patient of the test set was in the other sets."
             )
@@ -175,12 +177,20 @@ def selection_sentences(model, flags):
     tuning, n_seeds = model.get("fine_tuning") or {}, flags.get("seeds", 1)
     is_tuned = tuning.get("is_saved")
     loss = tuning["frozen_val_loss"] if is_tuned else model["val_loss"]
-    selected = f"The epoch with the lowest validation loss ({loss:.3f}) was kept"
+    selected = "The epoch with the lowest validation loss"
     if n_seeds > 1:
-        selected += f" in each of {n_seeds} trainings with other seeds, and the mean of "
+        selected += f" was kept in each of {n_seeds} trainings with other seeds, and the mean of "
         selected += "these output neurons was used"
-    elif not is_tuned:
-        selected += f", which was epoch {model['epoch']}"
+    else:
+        selected += f" ({loss:.3f}) was kept"
+        selected += "" if is_tuned else f", which was epoch {model['epoch']}"
+    if tuning and not is_tuned:
+        return [
+            f"{selected}.",
+            f"Fine-tuning of the network was tried from {tuning['unfreeze']} on, and not used: its "
+            f"validation loss was {tuning['val_loss']:.3f}, against "
+            f"{tuning['frozen_val_loss']:.3f} without it.",
+        ]
     if not is_tuned:
         return [f"{selected}."]
     best = f", in the best of {n_seeds} trainings with other seeds" if n_seeds > 1 else ""

@@ -90,7 +90,10 @@ def other_sources_sentences(report):
     described = []
     for source in others:
         patients = " and ".join(f"{n:,} {name}" for name, n in source["patients_by_class"].items())
-        described.append(f"{source['name']}: {source['n']:,} images of {patients} patients")
+        text = f"{source['name']}: {source['n']:,} images of {patients} patients"
+        if source["names_without_patient"] == source["n"]:
+            text += " (patients unknown; each image counted as one)"
+        described.append(text)
     sentences = [
         f"The model was applied with the same threshold to {len(others)} more "
         f"{'source' if len(others) == 1 else 'sources'} of images ({'; '.join(described)}). "

@@ -45,15 +45,19 @@ def test_choices_of_the_training_change_the_paragraph(report):
     assert "in each of 10 trainings with other seeds, and the mean" in training
     assert "weight decay 0.01" in training and "training did not stop early" in training
     assert "maximised Youden's index on the validation set" in training
-    assert "lowest validation loss (0.200) was kept in each of 10" in training
+    assert "lowest validation loss was kept in each of 10 trainings" in training
     assert "fine-tuned from layer4 on, with a new output neuron" in training
     assert "learning rate up to 0.0001, for the output neuron up to 0.001" in training
     assert "Epoch 7 was kept, in the best of 10 trainings with other seeds: it had a v" in training
     report["threshold_from"] = "--threshold"
     assert "was set when the images were scored" in methods_paragraphs(report)[1]
     model["fine_tuning"]["is_saved"] = False
-    assert "fine-tuned" not in methods_paragraphs(report)[1]
-    assert "lowest validation loss (0.150) was kept in each of 10" in methods_paragraphs(report)[1]
+    model["fine_tuning"]["val_loss"] = 0.25
+    training = methods_paragraphs(report)[1]
+    assert "fine-tuned" not in training
+    assert "lowest validation loss was kept in each of 10 trainings with other seeds" in training
+    assert "Fine-tuning of the network was tried from layer4 on, and not used: its val" in training
+    assert "validation loss was 0.250, against 0.200 without it." in training
 
 
 def test_leaks_and_unknown_patients_are_told(report):
@@ -63,6 +67,26 @@ def test_leaks_and_unknown_patients_are_told(report):
     assert "2 test images were also training or validation images, and 3 were of patients" in images
     assert "No test image" not in images and "The patient of 5 test images is unknown" in images
     assert "2 images could not be read and were left out." in images
+    report["names_without_patient"] = report["n"]
+    images = methods_paragraphs(report)[0]
+    assert "The patients are unknown; each image counted as one patient." in images
+
+
+@pytest.mark.parametrize("unknown", [{"learned": 0}, {"present": 0}, {"absent": 3}])
+def test_without_the_images_of_the_model_nothing_is_said_about_shared_patients(report, unknown):
+    report["leaks"] |= unknown
+    assert "was in the other sets" not in methods_paragraphs(report)[0]
+    assert answered_subjects(report)[0] == "the number of images and patients"
+
+
+def test_patients_of_another_source_that_are_unknown_are_told(report):
+    first = {"name": "here"}
+    other = {"name": "there", "n": 5, "names_without_patient": 5, "local_data": None}
+    report["also"] = [first, other | {"patients_by_class": {"NORMAL": 2, "PNEUMONIA": 3}}]
+    assert "(patients unknown; each image counted as one)" in methods_paragraphs(report)[2]
+    other["names_without_patient"] = 4
+    report["also"][1] |= other
+    assert "patients unknown" not in methods_paragraphs(report)[2]
 
 
 def test_a_table_without_a_model_has_a_methods_section_without_a_network(report, tmp_path):
