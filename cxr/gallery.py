@@ -11,8 +11,9 @@ from cxr.errors import show_progress
 from cxr.files import atomic_write
 from cxr.loader import load_batches
 from cxr.maps import legend
-from cxr.page import encode_jpeg, template_environment
+from cxr.page import encode_jpeg, template_environment, without_folders
 from cxr.predictions import drop_unreadable, predicted_classes
+from cxr.proportions import format_probability
 from cxr.sentences import describe_model
 
 LIMIT = 1000  # images on the page
@@ -75,6 +76,7 @@ def write_gallery(path, report, predictions, xrays, thumbnails):
     report: dict with classes, threshold, threshold_from, model and warnings; predictions: the table
     of all images; xrays: the images in the same order; thumbnails: those of choose_images.
     """
+    report = without_folders(report)
     threshold, classes = report["threshold"], report["classes"]
     predicted = predicted_classes(predictions, threshold, classes)
     shown = choose_images(predictions, threshold)
@@ -91,8 +93,9 @@ def write_gallery(path, report, predictions, xrays, thumbnails):
     ]
     unreadable = predictions[predictions["error"] != ""]
     errors = dict(zip(unreadable["number"], unreadable["error"], strict=True))
-    page = template_environment().get_template("gallery.html")
-    text = page.render(
+    environment = template_environment()
+    environment.filters["format_probability"] = format_probability
+    text = environment.get_template("gallery.html").render(
         report=report,
         reasons=reasons_to_doubt(report),
         title=describe_counts(Counter(predicted), classes),

@@ -11,6 +11,7 @@ from torch import nn
 from cxr.errors import Failure
 from cxr.files import atomic_write
 from cxr.folders import COLOURS
+from cxr.proportions import format_probability
 
 BATCH = 16  # images
 
@@ -109,7 +110,7 @@ def write_overlays(folder, model, views, predictions, see=None):
     for xray, row, (view, picture) in zip(
         views.xrays, predictions.itertuples(), overlays, strict=True
     ):
-        title = f"no. {row.number}: P({classes[1]}) {row.probability:.3f}"
+        title = f"no. {row.number}: P({classes[1]}) {format_probability(row.probability)}"
         subfolder = folder
         if xray.label is not None:
             title += f", label {classes[xray.label]}"

@@ -35,6 +35,7 @@ def write_page(folder, report, predictions, worst=(), curves=()):
     predictions: of readable images; worst: the result of draw_worst in cxr/plots.py; curves: of the
     sources of --also (see cxr.also.roc_curves).
     """
+    report = without_folders(report)
     environment = template_environment()
     environment.filters["display_name"] = sentences.display_name
     environment.filters["format_interval"] = format_interval
@@ -61,6 +62,32 @@ def write_page(folder, report, predictions, worst=(), curves=()):
     with atomic_write(folder / "report.html", "w") as file:
         file.write(page)
     methods.write_methods(folder / "methods.md", report)
+
+
+def without_folders(report):
+    """Returns a report in which all texts have only the last part of each path.
+
+    A page is sent to others, and folders have names of people, studies and hospitals.
+    """
+    model = report["model"] or {}
+    paths = [model.get("file"), model.get("weights"), report.get("data")]
+    paths.append((report.get("comparison") or {}).get("with"))
+    paths += [source.get("data") for source in report.get("also") or []]
+    if model.get("file"):
+        paths.append(Path(model["file"]).with_suffix(".json"))
+    names = {str(path): Path(path).name for path in paths if path and "/" in str(path)}
+
+    def shorten(value):
+        if isinstance(value, dict):
+            return {key: shorten(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [shorten(item) for item in value]
+        if isinstance(value, str):
+            for path in sorted(names, key=len, reverse=True):
+                value = value.replace(path, names[path])
+        return value
+
+    return shorten(report)
 
 
 def encode_worst(worst):

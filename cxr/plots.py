@@ -11,7 +11,7 @@ from cxr.files import printable, save_figure
 from cxr.folders import COLOURS
 from cxr.maps import legend, read_overlays
 from cxr.predictions import as_arrays
-from cxr.proportions import complement, format_interval
+from cxr.proportions import complement, format_interval, format_probability
 from cxr.scores import calibration_bins
 
 STYLE = {"font.size": 9, "axes.titlesize": 9, "legend.frameon": False}
@@ -186,7 +186,7 @@ def draw_worst(path, model, views, predictions, report):
         left.imshow(view, cmap="gray", vmin=0, vmax=255)
         if picture is not None:
             right.imshow(picture)
-        text = f"{classes[labels[row]]}, P({classes[1]}) {probs[row]:.3f}"
+        text = f"{classes[labels[row]]}, P({classes[1]}) {format_probability(probs[row])}"
         number = int(predictions["number"][row])
         left.set_title(f"no. {number}\n{text}", fontsize=7, loc="left", parse_math=False)
         grey = np.repeat(view[:, :, None], 3, axis=2)

@@ -191,3 +191,8 @@ def format_interval(metric):
 def format_number(value):
     """Formats a number with three decimals. A small positive number is never shown as 0."""
     return "<0.001" if 0 < value < 0.0005 else f"{value:.3f}"
+
+
+def format_probability(value):
+    """Formats a probability with three decimals. It is never shown as 0 or 1."""
+    return ">0.999" if value >= 0.9995 else "<0.001" if value < 0.0005 else f"{value:.3f}"

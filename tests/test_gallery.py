@@ -14,6 +14,7 @@ from PIL import Image
 
 import cxr.gallery
 from cxr.folders import list_images
+from cxr.proportions import format_probability
 
 
 class Page(html.parser.HTMLParser):
@@ -85,7 +86,8 @@ def test_the_page_shows_each_image_with_the_values_of_the_table(
         assert card["data-probability"] == row["probability"]
         assert card["data-novelty"] == row["unlike"]
         text = (
-            f"no. {row['number']} {row['prediction']} probability {float(row['probability']):.3f}"
+            f"no. {row['number']} {row['prediction']} probability "
+            f"{format_probability(float(row['probability']))}"
         )
         assert card["text"].startswith(text)
         assert ("▲ unlike" in card["text"]) == (float(row["unlike"]) > 1)
@@ -178,6 +180,19 @@ def test_the_page_says_if_the_network_has_random_weights(
     assert ("Random weights: this page shows what results look like" in text) == (
         weights == "random"
     )
+
+
+def test_the_page_shows_only_the_last_part_of_a_path_and_the_next_step(
+    new, run_evaluate, trained, tmp_path
+):
+    folder = tmp_path / "dr smith"
+    folder.mkdir()
+    shutil.copy(trained / "model.pth", folder)
+    assert run_evaluate(new, "--checkpoint", folder / "model.pth", "--arch", "tinynet") == 0
+    page = Page(tmp_path / "results")
+    assert "dr smith" not in page.source and "Model: model.pth, tinynet" in page.text
+    assert "there is no model.json beside model.pth" in page.text
+    assert "A radiologist must read these images" in page.text and "in report.html" in page.text
 
 
 def test_the_buttons_say_by_what_the_images_are_sorted(new, run_evaluate, remake, tmp_path):

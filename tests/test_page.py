@@ -148,6 +148,21 @@ def test_names_and_warnings_that_contain_tags_are_shown_as_text(scored, tmp_path
     assert "</script><script>" not in (tmp_path / "report.html").read_text()
 
 
+def test_the_page_shows_only_the_last_part_of_each_path(scored, tmp_path):
+    report = read_report(scored[0])
+    table = read_table(scored[0], report["classes"])
+    home = "/home/dr smith/Mueller"
+    report["model"] |= {"file": f"{home}/heart.pth", "weights": f"{home}/rad.pth"}
+    report |= {"data": f"{home}/images/test", "threshold_from": f"{home}/heart.json, fixed"}
+    report["warnings"] = [f"there is no {home}/heart.json beside heart.pth"]
+    write_page(tmp_path, report, table)
+    page = Page(tmp_path)
+    assert "smith" not in (tmp_path / "report.html").read_text()
+    assert "smith" not in (tmp_path / "methods.md").read_text()
+    assert ["Data", "test"] in page.rows and "heart.pth, tinynet, weights rad.pth" in page.text
+    assert "(heart.json, fixed)" in page.text and "there is no heart.json beside" in page.text
+
+
 def test_many_images_are_shown_as_a_bar_in_place_of_dots(scored, tmp_path):
     report = read_report(scored[0])
     table = read_table(scored[0], report["classes"])

@@ -12,6 +12,7 @@ from cxr.proportions import (
     difference_interval,
     effective_sample_size,
     few_patients_warnings,
+    format_probability,
     predictive_values,
     ratio_interval,
     wilson_interval,
@@ -138,3 +139,9 @@ def test_the_wilson_interval_agrees_with_statsmodels(seed):
         low, high = proportion_confint(correct.mean() * n_effective, n_effective, method="wilson")
         expected = [correct.mean(), low, high]
         assert values(wilson_interval(correct, patients)) == pytest.approx(expected, abs=1e-8)
+
+
+def test_a_probability_is_never_shown_as_0_or_1():
+    values = 0, 0.0004, 0.0006, 0.9994, 0.9996, 1
+    shown = ["<0.001", "<0.001", "0.001", "0.999", ">0.999", ">0.999"]
+    assert [*map(format_probability, values)] == shown
