@@ -3,6 +3,8 @@
 report: the content of metrics.json.
 """
 
+from cxr.scores import is_measured
+
 GUIDELINES = (
     "CLAIM 2024: Tejani AS et al. Checklist for Artificial Intelligence in Medical Imaging "
     "(CLAIM): 2024 update. Radiology: Artificial Intelligence 2024; 6: e240300.",
@@ -37,7 +39,7 @@ def answered_subjects(report):
             "the network, its initial weights, training, data augmentation, class imbalance, and "
             "how the final model was chosen"
         )
-    if report["calibration"]["slope"]["low"] is not None:
+    if is_measured(report["calibration"]):
         subjects.append("calibration of the probabilities")
     subjects += [
         "how the threshold was chosen",

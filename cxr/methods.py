@@ -11,6 +11,7 @@ from cxr.bootstrap import DRAWS
 from cxr.files import atomic_write
 from cxr.finetune import HEAD_LR, TAIL_LR, WEIGHT_DECAY
 from cxr.guidelines import GUIDELINES, answered_subjects, knows_all_sets, unanswered_subjects
+from cxr.scores import is_measured
 from cxr.sentences import SPLIT_NAMES, capitalised, list_versions
 from cxr.source_sentences import other_sources_sentences
 
@@ -252,9 +253,12 @@ def statistics_sentences(report):
         f"error comes from {DRAWS:,} bootstrap samples of patients, drawn within each class. F1 "
         "and Brier score have the BCa interval [3] of the same samples.",
         "PPV and NPV at other prevalences come from the likelihood ratios, with intervals by the "
-        "method of variance estimates recovery [4]. Calibration intercept and slope [5] have Wald "
-        "intervals clustered by patient.",
+        "method of variance estimates recovery [4].",
     ]
+    if is_measured(report["calibration"]):
+        sentences.append(
+            "Calibration intercept and slope [5] have Wald intervals clustered by patient."
+        )
     if "numbers" in (report["shortcut"] or {}):
         sentences.append(
             "As a baseline, simple numbers of the images, such as the file size, predicted the "

@@ -12,7 +12,7 @@ from cxr.folders import COLOURS
 from cxr.maps import legend, read_overlays
 from cxr.predictions import as_arrays
 from cxr.proportions import complement, format_interval, format_probability
-from cxr.scores import calibration_bins
+from cxr.scores import calibration_bins, is_measured
 
 STYLE = {"font.size": 9, "axes.titlesize": 9, "legend.frameon": False}
 STYLE |= {"text.parse_math": False}  # a name may contain $, which begins a formula
@@ -109,7 +109,8 @@ def draw_reliability(ax, predictions, report):
     ax.set_ylabel(f"share of {positive}, 95 % interval, n")
     calibration = report["calibration"]
     intercept, slope = (format_interval(calibration[key]) for key in ("intercept", "slope"))
-    ax.set_title(f"Calibration: intercept {intercept}\nslope {slope}")
+    title = f"Calibration: intercept {intercept}\nslope {slope}"
+    ax.set_title(title if is_measured(calibration) else "Calibration: could not be measured")
 
 
 def draw_scores(ax, predictions, report):

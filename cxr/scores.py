@@ -202,6 +202,11 @@ def measure_calibration(predictions, model):
     }
 
 
+def is_measured(calibration):
+    """Returns False if no slope, and so no intercept, describes the probabilities."""
+    return calibration["slope"]["value"] is not None
+
+
 def score_calibration(probs, labels):
     """Returns {ece, brier} of the probabilities; they do not depend on a threshold."""
     return score(torch.from_numpy(probs), torch.from_numpy(labels), 0.5, ("ece", "brier"))

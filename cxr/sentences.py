@@ -11,12 +11,17 @@ from cxr.leaks import leak_warnings
 from cxr.novelty import SHIFT
 from cxr.patients import METADATA
 from cxr.proportions import FEW_PATIENTS, format_interval, format_number
+from cxr.scores import is_measured
 
 NAMES = {"f1": "F1", "auroc": "AUROC", "ppv": "PPV", "npv": "NPV", "ece": "ECE"}
 SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}
 ROUGH_BELOW = 30  # patients of a class; with fewer, the intervals are rough
 
 NO_SPREAD = "the value is the same in every bootstrap sample"
+NOT_CALIBRATED = (
+    "could not be measured, because the probabilities separate the classes or are all equal, and "
+    "any slope fits them"
+)
 TITLE_CONFOUNDERS = "Confounders: what a column of metadata.csv or a DICOM value alone predicts"
 
 
@@ -152,6 +157,8 @@ def calibration_lines(calibration):
     intercept = format_interval(calibration["intercept"])
     slope = format_interval(calibration["slope"])
     lines = [f"intercept {intercept}, ideal 0; slope {slope}, ideal 1"]
+    if not is_measured(calibration):
+        lines = [NOT_CALIBRATED]
     if calibration["platt"] != {"slope": 1, "intercept": 0}:
         before, after = calibration["without"]["brier"], calibration["with"]["brier"]
         platt = "with Platt scaling (fitted on val/; part of all scores)"

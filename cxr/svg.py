@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 
 from cxr.predictions import as_arrays
 from cxr.proportions import complement, format_interval
-from cxr.scores import calibration_bins
+from cxr.scores import calibration_bins, is_measured
 
 WIDTH, HEIGHT = 340, 350  # of a plot with its title and axis labels, in CSS pixels
 VIEW = f"0 0 {WIDTH} {HEIGHT}"
@@ -26,6 +26,7 @@ AREA_WIDTH, AREA_HEIGHT = 270, 260
 TICKS = (0, 0.25, 0.5, 0.75, 1)
 N_BINS = 20  # of a histogram of probabilities
 TOLERANCE = 0.2  # pixels by which a curve with fewer points may differ from the full one
+LONGEST_NAME = 18  # letters of a class name in a plot: half of its width
 MOST_INTERVALS = 6  # between the ticks of a forest plot
 
 
@@ -68,11 +69,16 @@ def calibration(predictions, report):
     marks = [line(0, 0, 1, 1, "chance")]
     for mean, share, n in calibration_bins(*as_arrays(predictions)):
         marks.append(point({"value": mean, "low": None, "high": None}, share))
-        marks.append(text(mean, share["value"], n, "tick", dx=7, dy=-5))
-    positive = report["classes"][1]
+        # To the right and above the point, but inside the plot.
+        css_class, dx = ("tick end", -7) if mean > 0.85 else ("tick", 7)
+        dy = 15 if share["value"] > 0.9 else -5
+        marks.append(text(mean, share["value"], n, css_class, dx=dx, dy=dy))
+    positive = shorten(report["classes"][1])
     intercept, slope = (format_interval(report["calibration"][k]) for k in ("intercept", "slope"))
     title = f"Calibration intercept {intercept}"
     note = f"slope {slope}; dotted: ideal; with n"
+    if not is_measured(report["calibration"]):
+        title, note = "Calibration: could not be measured", "dotted: ideal; with n"
     labels = (f"mean P({positive}) in the bin", f"share of {positive}")
     return plot("calibration", title, note, labels, marks)
 
@@ -96,7 +102,7 @@ def scores(predictions, report):
     threshold = report["threshold"]
     marks.append(line(threshold, 0, threshold, 1, "threshold"))
     marks.append(line(threshold, 0, threshold, 1, "chosen", id="chosen-threshold"))
-    negative_name, positive_name = report["classes"]
+    negative_name, positive_name = map(shorten, report["classes"])
     # Where the bars of the class are low.
     marks.append(text(0.03, 0.93, positive_name, "positive"))
     marks.append(text(0.97, 0.04, negative_name, "negative end"))
@@ -274,6 +280,11 @@ def element(name, content="", **attributes):
     """
     pairs = [f' {k.rstrip("_").replace("_", "-")}="{escape(v)}"' for k, v in attributes.items()]
     return Markup(f"<{name}{''.join(pairs)}>{escape(content)}</{name}>")
+
+
+def shorten(name):
+    """Returns the name of a class, with at most LONGEST_NAME letters."""
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
 
 def point_note(report):

@@ -124,7 +124,12 @@ def test_slope_and_intercept_detect_extreme_and_shifted_scores(shift, factor):
 def test_separated_or_equal_scores_have_no_slope(probs, tmp_path, capsys, rescore):
     source = write_rows(tmp_path / "predictions.csv", [0, 0, 1, 1], probs)
     status, folder = rescore(source)
-    assert status == 0 and "slope undefined" in capsys.readouterr().out
+    reason = (
+        "could not be measured, because the probabilities separate the classes or are all equal"
+    )
+    screen, page = capsys.readouterr().out, (folder / "report.html").read_text()
+    assert status == 0 and f"Calibration: {reason}" in screen and f"Calibration: {reason}" in page
+    assert "intercept" not in screen and "Calibration intercept" not in page
     slope = read_report(folder)["calibration"]["slope"]
     assert slope == {"value": None, "low": None, "high": None}
 

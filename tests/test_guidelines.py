@@ -26,7 +26,7 @@ def test_each_subject_is_answered_by_the_page_or_left_to_the_authors(report):
     assert not any("external data" in text for text in unanswered_subjects(report))
     assert any("metadata.csv" in text for text in unanswered_subjects(report))
     report["shortcut"], report["unlike"] = {"none": "there is no train/"}, None
-    report["calibration"]["slope"]["low"] = None
+    report["calibration"]["slope"]["value"] = None
     assert not re.search("calibration|robust|subgroup", " ".join(answered_subjects(report)))
     report["subgroups"]["b"], report["confounders"] = {"column": "sex"}, {"columns": [{}]}
     assert "performance in subgroups of patients" in answered_subjects(report)

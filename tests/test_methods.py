@@ -3,6 +3,7 @@
 import pytest
 from helpers import read_report
 
+from cxr.guidelines import answered_subjects
 from cxr.methods import command_lines, methods_paragraphs, write_methods
 
 

@@ -151,6 +151,29 @@ def test_the_bars_are_the_images_of_each_class():
         assert heights * 2 * most == pytest.approx((labels == label).sum(), abs=1)
 
 
+@pytest.mark.usefixtures("quick")
+def test_numbers_and_long_names_stay_inside_the_plot():
+    predictions, report = make_report(*draw_labels(200, 5))
+    numbers = [
+        e for e in find(calibration(predictions, report), "tick") if e.get("dx") in ("7", "-7")
+    ]
+    assert len(numbers) > 2
+    for number in numbers:
+        x, y = shares(number, "x", "y")
+        assert (number.get("dx") == "-7") == (x > 0.85)
+        assert (number.get("dy") == "15") == (y < 0.1)
+    report["classes"] = ["no tuberculosis of any kind", "bacterial or viral tuberculosis"]
+    names = [
+        *find(scores(predictions, report), "positive"),
+        *find(scores(predictions, report), "negative"),
+    ]
+    assert [e.text for e in names if e.tag == "text"] == [
+        "bacterial or vira…",
+        "no tuberculosis o…",
+    ]
+    assert "viral t" not in scores(predictions, report)
+
+
 def test_a_forest_plot_shows_values_on_a_common_axis():
     rows = [
         ("AUROC", "", {"value": 0.9, "low": 0.85, "high": 0.97}, "0.900 (0.850 to 0.970)"),
