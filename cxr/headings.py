@@ -20,7 +20,7 @@ def page_title(report):
     """Returns the heading of the page: how many images were classified correctly."""
     right = report["counts"]["tp"] + report["counts"]["tn"]
     images = f"{SPLIT_NAMES[report['split']]} images"
-    return f"{right} of {report['n']:,} {images} were classified correctly"
+    return f"{right:,} of {report['n']:,} {images} were classified correctly"
 
 
 def origin_sentence(report):
@@ -30,7 +30,7 @@ def origin_sentence(report):
     network = f"The network {name}" if name else "An unknown network"
     n = model.get("images") or {}
     if n:
-        learned = " and ".join(f"{n[split]} {SPLIT_NAMES[split]} images" for split in n)
+        learned = " and ".join(f"{n[split]:,} {SPLIT_NAMES[split]} images" for split in n)
         network += f" was made with {learned}. It"
     return f"{network} was scored on {report['n']:,} images of {report['patients']:,} patients."
 
@@ -93,15 +93,19 @@ def comparison_heading(comparison):
 
 
 def threshold_heading(report):
-    """Returns the interval of the PPV for a clinic in which one of ten patients has the disease."""
+    """Returns the interval of the PPV for a clinic in which one of ten patients has the disease.
+
+    It names the threshold, because the sliders below do not change it.
+    """
     _, positive = report["classes"]
+    at_threshold = f"At threshold {report['threshold']:.4g}"
     row = next(row for row in report["elsewhere"] if row["prevalence"] == 0.1)
     ppv = row["ppv"]
     if ppv["value"] is None:
-        return f"At this threshold no image is called {positive}, so no PPV can be computed"
+        return f"{at_threshold} no image is called {positive}, so no PPV can be computed"
     low, high = (f"{100 * ppv[key]:.0f}" for key in ("low", "high"))
     correct = f"{low} to {high} of 100 positive results are right"
-    return f"If 10 % of the patients have {positive}, {correct}"
+    return f"{at_threshold}, if 10 % of the patients have {positive}, {correct}"
 
 
 # ---------------------------------------------------------------- subgroups
@@ -218,6 +222,8 @@ def worst_heading(report, n_shown):
     wrong = report["counts"]["fp"] + report["counts"]["fn"]
     if not wrong:
         return f"No image was misclassified; these {n_shown} are nearest to the threshold"
+    if wrong == 1:
+        return "1 image was misclassified; it is shown"
     shown = f"these {n_shown} are the worst" if n_shown < wrong else "all are shown"
     return f"{wrong:,} images were misclassified; {shown}"
 

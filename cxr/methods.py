@@ -72,8 +72,8 @@ def image_sentences(report):
         sentences.append("The patients are unknown; each image counted as one patient.")
     elif unknown:
         sentences.append(
-            f"The patient of {unknown:,} {split} images is unknown; each of these images counts as "
-            "one patient."
+            f"Images of the {split} set without a known patient: {unknown:,}; each counts as one "
+            "patient."
         )
     leaks = report["leaks"]
     if leaks and report["split"] == "test":
@@ -89,7 +89,8 @@ def image_sentences(report):
             )
     n_left_out = sum(report["left_out"].values())
     if n_left_out:
-        sentences.append(f"{n_left_out:,} images could not be read and were left out.")
+        images = "1 image" if n_left_out == 1 else f"{n_left_out:,} images"
+        sentences.append(f"Left out because they could not be read: {images}.")
     return sentences
 
 

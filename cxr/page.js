@@ -118,8 +118,10 @@ function prevalenceAt(position) {
   return position < 10 ? position / 1000 : (position - 9) / 100;
 }
 
+const formatCount = (count) => count.toLocaleString("en"); // 1,000
+
 function countImages({ correct, n }, name) {
-  const [right, all, wrong] = [correct, n, n - correct].map((count) => count.toLocaleString("en"));
+  const [right, all, wrong] = [correct, n, n - correct].map(formatCount);
   return `${right} of ${all} ${name} images correct, ${wrong} wrong`;
 }
 
@@ -129,9 +131,10 @@ function countPatients(scores, prevalence) {
   const found = Math.round(ill * scores.sensitivity.value);
   const alarms = Math.round((1000 - ill) * (1 - scores.specificity.value));
   const results = found + alarms;
+  const negative = [1000 - results, 1000 - ill - alarms].map(formatCount);
   return {
-    ppv: `${results} of 1,000 patients positive, ${found} correctly`,
-    npv: `${1000 - results} of 1,000 patients negative, ${1000 - ill - alarms} correctly`,
+    ppv: `${formatCount(results)} of 1,000 patients positive, ${found} correctly`,
+    npv: `${negative[0]} of 1,000 patients negative, ${negative[1]} correctly`,
   };
 }
 
@@ -164,9 +167,10 @@ function showText(id, text) {
   byId(id).setAttribute("aria-valuetext", text);
 }
 
-function resetThreshold() {
+function reset() {
   threshold = data.threshold; // the slider shows the nearest of its steps
   byId("threshold").value = threshold;
+  byId("prevalence").value = data.position;
   update();
 }
 
@@ -175,8 +179,7 @@ byId("threshold").addEventListener("input", () => {
   update();
 });
 byId("prevalence").addEventListener("input", update);
-byId("reset").addEventListener("click", resetThreshold);
-byId("prevalence").value = data.position;
+byId("reset").addEventListener("click", reset);
 byId("sliders").hidden = false;
 document.body.classList.add("has-sliders"); // hides the table
-resetThreshold();
+reset();

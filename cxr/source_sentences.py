@@ -164,7 +164,9 @@ def notes(sources):
     for source in sources:
         name, unknown = source["name"], source["names_without_patient"]
         if source["unreadable"]:
-            lines.append(f"{name}: {source['unreadable']} more images could not be read")
+            more = source["unreadable"]
+            images = "1 more image" if more == 1 else f"{more:,} more images"
+            lines.append(f"{name}: {images} could not be read")
         if unknown:
             lines.append(f"{name}: {unknown} images without a known patient, each counts as one")
         if "difference" in source and source["difference"]["accuracy"]["value"] is None:

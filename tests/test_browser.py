@@ -186,7 +186,11 @@ def test_the_sliders_work_with_the_keyboard(results, open_page):
     assert page.evaluate("document.activeElement.id") == "reset"
     assert page.evaluate(focus) == "solid"
     page.keyboard.press("Enter")
-    assert shown(page, "threshold-text", *names[:2]) == ["0.4371", *at_start[:2]]
+    assert shown(page, *names, "threshold-text", "prevalence-text") == at_start
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Home")
+    move(page, "threshold", 1)
+    assert shown(page, "npv-counts") == ["1,000 of 1,000 patients negative, 999 correctly"]
 
 
 @pytest.mark.parametrize("width", [375, 1280])

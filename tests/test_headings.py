@@ -83,9 +83,17 @@ def test_a_model_is_better_only_if_the_interval_says_so(limits, expected):
 def test_without_a_positive_prediction_there_is_no_ppv(report):
     for row in report["elsewhere"]:
         row["ppv"] = interval(None, None, None)
-    assert "no image is called PNEUMONIA" in headings.threshold_heading(report)
+    assert "At threshold 0.5 no image is called PNEUMONIA" in headings.threshold_heading(report)
     report["metrics"]["ppv"] = interval(None, None, None)
     report["counts"] = {"tp": 0, "fp": 0, "tn": 12, "fn": 12}
     assert "Called PNEUMONIA: 0, of these correct: 0 (PPV undefined)" in (
         headings.predicted_sentence(report)
     )
+
+
+def test_headings_write_one_image_and_a_thousand_images(report):
+    report["counts"], report["n"] = {"tp": 600, "fp": 0, "tn": 400, "fn": 0}, 1000
+    assert headings.page_title(report).startswith("1,000 of 1,000 test images")
+    assert headings.threshold_heading(report).startswith("At threshold 0.5, if 10 % of the pat")
+    report["counts"]["fn"] = 1
+    assert headings.worst_heading(report, 1) == "1 image was misclassified; it is shown"

@@ -66,8 +66,8 @@ def test_leaks_and_unknown_patients_are_told(report):
     report["names_without_patient"], report["left_out"] = 5, {"train/NORMAL": 2}
     images = methods_paragraphs(report)[0]
     assert "2 test images were also training or validation images, and 3 were of patients" in images
-    assert "No test image" not in images and "The patient of 5 test images is unknown" in images
-    assert "2 images could not be read and were left out." in images
+    assert "No test image" not in images and "set without a known patient: 5; each c" in images
+    assert "Left out because they could not be read: 2 images." in images
     report["names_without_patient"] = report["n"]
     images = methods_paragraphs(report)[0]
     assert "The patients are unknown; each image counted as one patient." in images
