@@ -69,8 +69,8 @@ def calibration(predictions, report):
     marks = [line(0, 0, 1, 1, "chance")]
     for mean, share, n in calibration_bins(*as_arrays(predictions)):
         marks.append(point({"value": mean, "low": None, "high": None}, share))
-        # To the right and above the point, but inside the plot.
-        css_class, dx = ("tick end", -7) if mean > 0.85 else ("tick", 7)
+        # To the left and above the point, but inside the plot.
+        css_class, dx = ("tick end", -7) if mean > 0.15 else ("tick", 7)
         dy = 15 if share["value"] > 0.9 else -5
         marks.append(text(mean, share["value"], n, css_class, dx=dx, dy=dy))
     positive = shorten(report["classes"][1])

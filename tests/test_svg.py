@@ -160,7 +160,7 @@ def test_numbers_and_long_names_stay_inside_the_plot():
     assert len(numbers) > 2
     for number in numbers:
         x, y = shares(number, "x", "y")
-        assert (number.get("dx") == "-7") == (x > 0.85)
+        assert (number.get("dx") == "-7") == (x > 0.15)
         assert (number.get("dy") == "15") == (y < 0.1)
     report["classes"] = ["no tuberculosis of any kind", "bacterial or viral tuberculosis"]
     names = [
