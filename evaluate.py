@@ -548,7 +548,7 @@ def table_warnings(predictions, before, path):
         return []
     values = f"AUROC {auroc:.3f}, in metrics.json {auroc_before:.3f}"
     advice = "Put the table into a folder without metrics.json, or restore the one of this run"
-    what = f"{path} is not the table that the metrics.json beside it describes ({values})"
+    what = f"{path.name} is not the table that the metrics.json beside it describes ({values})"
     return [f"{what}. {advice}"]
 
 
