@@ -86,6 +86,8 @@ demo: install  ## the whole chain on drawn radiographs, in demo/: needs neither 
 	$(PY) tests/phantoms.py demo/chestxrays$(if $(CLASSES), --classes $(CLASSES))
 	$(MAKE) --no-print-directory all DATA=demo/chestxrays PER_CLASS=15 MODEL=demo/model.pth RESULTS=demo/results WEIGHTS=random
 	@echo; echo "Next: put your own images into data/chestxrays/ (see README.md), then make check, then make all"
+# two test processes on two cores: with more threads, they would wait for each other
+test fuzz: export OMP_NUM_THREADS := 1
 test: lint  ## everything that is checked before a change lands
 	$(PY) -m pytest -q -n 2 --dist worksteal$(args)
 page-test: .venv/installed-tests  ## the report page in a browser (Chromium or Chrome); part of make test

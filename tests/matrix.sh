@@ -2,6 +2,7 @@
 # Runs the tests with the oldest Python and the lowest versions of the requirements, then with the
 # newest Python and the newest versions. Each run makes .matrix anew. Arguments are for pytest.
 set -e
+export OMP_NUM_THREADS=1  # as in make test
 cd "$(dirname "$0")/.."
 pyenv=$(pyenv root 2>/dev/null || true)
 
