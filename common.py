@@ -306,15 +306,15 @@ class Views(Dataset):
 
 
 def extract_features(
-    backbone, xrays, args, *, n_views, window, device, dtype, compiled=False, see=None
+    backbone, xrays, args, *, n_views, window, device, dtype, compiled=False, on_image=None
 ):
     """Computes the features of the first views of each image, or loads them from the cache.
 
     Returns (features (N, n_views, width) in `dtype` on the CPU, the N readable Xrays, {path:
     reason} of the unreadable ones). Without --skip-bad, raises Failure if an image with a label is
     unreadable.
-    see: function that is called with (Xray, view 0 as uint8 (SIZE, SIZE)) for each image that is
-    decoded here. Images in the cache are not decoded.
+    on_image: function that is called with (Xray, view 0 as uint8 (SIZE, SIZE)) for each image that
+    is decoded here. Images in the cache are not decoded.
     """
     rank, world = rank_and_world()
     batch_size = args.feature_batch_size or BATCH_SIZES[device.type]
@@ -331,7 +331,7 @@ def extract_features(
         views = Views([xrays[row] for row in missing], n_views, window)
         unreadable = {}
         options = (batch_size, args.workers, device, dtype)
-        passed = run_network(backbone, views, *options, compiled=compiled, see=see)
+        passed = run_network(backbone, views, *options, compiled=compiled, on_image=on_image)
         for i, vectors, reason in passed:
             xray = views.xrays[i]
             if reason:
@@ -409,13 +409,13 @@ def run_network(
     compiled=False,
     fused=True,
     title="Features",
-    see=None,
+    on_image=None,
 ):
     """Yields (i, features (n_views, width) in `dtype` on the CPU, reason) for each item of `views`.
 
     batch_size: views per batch; workers: of --workers; compiled, fused: see prepare_network; title:
-    what is computed; see: as in extract_features. reason: why the image could not be read, "" if it
-    could. Raises Failure if the device or a worker process fails.
+    what is computed; on_image: as in extract_features. reason: why the image could not be read, ""
+    if it could. Raises Failure if the device or a worker process fails.
     """
     if len(views) == 0:
         return
@@ -429,8 +429,8 @@ def run_network(
             network = prepare_network(backbone.network, device, dtype, compiled, fused)
             images_per_batch = max(1, batch_size // views.n_views)
             batches = load_batches(views, images_per_batch, workers, device)
-            if see:
-                batches = show_images(batches, views, see)
+            if on_image:
+                batches = with_calls(batches, views, on_image)
             computed = compute_batches(
                 network, backbone.normalize, batches, batch_size, device, dtype
             )
@@ -455,12 +455,12 @@ def run_network(
     progress(f"{title}: computed {len(views)} images, {total} views in {seconds:.1f} s, {speed}")
 
 
-def show_images(batches, views, see):
-    """Yields the batches, after a call of see(Xray, view 0) for each image that could be read."""
+def with_calls(batches, views, on_image):
+    """Yields the batches, after a call of on_image(Xray, view 0) for each readable image."""
     for indexes, pixels, reasons in batches:
         for i, image, reason in zip(indexes.tolist(), pixels, reasons, strict=True):
             if not reason:
-                see(views.xrays[i], image[0, 0].numpy())
+                on_image(views.xrays[i], image[0, 0].numpy())
         yield indexes, pixels, reasons
 
 

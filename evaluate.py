@@ -158,17 +158,17 @@ def transform_warnings(backbone, info, path):
 # ---------------------------------------------------------------- predictions
 
 
-def predict(model, xrays, names, args, see=None):
+def predict(model, xrays, names, args, on_image=None):
     """Predicts images, in float32 on every device.
 
-    names: of the images in the table; see: as in common.extract_features. Unreadable images have a
-    row with their error.
+    names: of the images in the table; on_image: as in common.extract_features. Unreadable images
+    have a row with their error.
     Returns (predictions, a DataFrame as in cxr/predictions.py; novelty of all images together, or
     None).
     """
     options = {"n_views": 1, "window": model.info.get("window", 0), "device": model.device}
     features, _, unreadable = common.extract_features(
-        model.backbone, xrays, args, dtype=torch.float32, see=see, **options
+        model.backbone, xrays, args, dtype=torch.float32, on_image=on_image, **options
     )
     features = features[:, 0]  # of the only view, the image as it is
     probs = model.head(features).squeeze(1).sigmoid()
@@ -441,8 +441,8 @@ def classify_new(args):
     names = [printable(xray.path) for xray in xrays]
     thumbnails = Thumbnails()
     # Of very many images, the page shows few: it decodes these again.
-    see = thumbnails.add if len(xrays) <= 10 * LIMIT else None
-    predictions, novelty = predict(model, xrays, names, args, see)
+    on_image = thumbnails.add if len(xrays) <= 10 * LIMIT else None
+    predictions, novelty = predict(model, xrays, names, args, on_image)
     info_file = args.checkpoint.with_suffix(".json")
     threshold, threshold_from = choose_threshold(args, model.info, info_file)
     replaced = "; it replaced an earlier one" if path.exists() else ""

@@ -58,7 +58,7 @@ headings     the headings of the page, and the rows of its plots of scores
 doubts       what speaks against a result, and whether the network is better than a shortcut
 methods      a methods section for a paper, written from a report
 
-page         the report as a web page; page.html is its template, and page.css its look
+page         the report as a web page (page.html, page.css, banner.html)
 screen       what evaluate.py prints: the report, the predictions of new images
 duplicates   reports copies of an image, and negatives
 

@@ -13,6 +13,7 @@ from cxr.sentences import (
     confounder_text,
     novelty_line,
     number_label,
+    only_a_look,
     rough_line,
     strata_text,
 )
@@ -36,8 +37,7 @@ def reasons_to_doubt(report):
         kinds.append("random weights")
     reasons = []
     if kinds:
-        only_look = "this page shows what a report looks like, not how good the method is."
-        reasons.append(f"{' and '.join(kinds).capitalize()}: {only_look}")
+        reasons.append(only_a_look(kinds, "a report looks like"))
     reasons += warnings_without_repetition(report)
     if not (report["leaks"] or {}).get("known"):
         reasons.append(LEAKS_NOT_TESTED)

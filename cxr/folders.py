@@ -63,6 +63,11 @@ def image_suffixes():
     return " ".join(sorted(SUFFIXES))
 
 
+def in_classes(counts):
+    """Formats {class: n} as "50 NORMAL and 43 PNEUMONIA"."""
+    return " and ".join(f"{n:,} {name}" for name, n in counts.items())
+
+
 def in_words(classes):
     """Returns two names as "A and B", for messages. Names with spaces are quoted."""
     return " and ".join(shlex.quote(name) for name in classes)

@@ -14,7 +14,7 @@ from cxr.maps import legend
 from cxr.page import encode_jpeg, template_environment, without_folders
 from cxr.predictions import drop_unreadable, predicted_classes
 from cxr.proportions import format_probability
-from cxr.sentences import describe_model
+from cxr.sentences import describe_model, only_a_look
 
 LIMIT = 1000  # images on the page
 SIDE = 128  # pixels, height and width of a thumbnail
@@ -118,8 +118,7 @@ def reasons_to_doubt(report):
     """Returns reasons to doubt the results, as a list of sentences."""
     reasons = list(report["warnings"])
     if report["model"]["weights"] == "random":
-        only_look = "this page shows what results look like, not how good the method is"
-        reasons.insert(0, f"Random weights: {only_look}.")
+        reasons.insert(0, only_a_look(["random weights"], "results look like"))
     return reasons
 
 

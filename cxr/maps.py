@@ -96,12 +96,12 @@ def read_overlays(model, views, rows):
             yield view[0].numpy(), picture
 
 
-def write_overlays(folder, model, views, predictions, see=None):
+def write_overlays(folder, model, views, predictions, on_image=None):
     """Writes map_17.png for image no. 17 into `folder`, or into its class folder if it has a label.
 
     Maps of an earlier run are removed, because there the numbers may be those of other images.
-    views: common.Views of the images in `predictions`; see: function that is called with (Xray,
-    image uint8 (SIZE, SIZE), overlay uint8 (SIZE, SIZE, 3)) for each of them.
+    views: common.Views of the images in `predictions`; on_image: function that is called with
+    (Xray, image uint8 (SIZE, SIZE), overlay uint8 (SIZE, SIZE, 3)) for each of them.
     """
     classes = model.info["classes"]
     font = PIL.ImageFont.load_default(14)
@@ -122,8 +122,8 @@ def write_overlays(folder, model, views, predictions, see=None):
         PIL.ImageDraw.Draw(sheet).text((4, 2), f"{title}\n{legend(classes)}", "black", font)
         with atomic_write(path) as file:
             sheet.save(file, format="png")
-        if see:
-            see(xray, view, picture)
+        if on_image:
+            on_image(xray, view, picture)
     for subfolder in (folder, *(folder / name for name in classes)):
         for path in set(subfolder.glob("map_[0-9]*.png")) - written:
             path.unlink()

@@ -10,6 +10,7 @@ from pathlib import Path
 from cxr.bootstrap import DRAWS
 from cxr.files import atomic_write
 from cxr.finetune import HEAD_LR, TAIL_LR, WEIGHT_DECAY
+from cxr.folders import in_classes
 from cxr.guidelines import GUIDELINES, answered_subjects, knows_all_sets, unanswered_subjects
 from cxr.scores import is_measured
 from cxr.sentences import SPLIT_NAMES, capitalised, list_versions
@@ -92,11 +93,6 @@ def image_sentences(report):
         images = "1 image" if n_left_out == 1 else f"{n_left_out:,} images"
         sentences.append(f"Left out because they could not be read: {images}.")
     return sentences
-
-
-def in_classes(counts):
-    """Formats {class: n} as "50 NORMAL and 43 PNEUMONIA"."""
-    return " and ".join(f"{n:,} {name}" for name, n in counts.items())
 
 
 def preparation_sentences(model):

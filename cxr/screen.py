@@ -1,10 +1,10 @@
 """What evaluate.py prints: the report of a split, and the predictions of new images."""
 
+from cxr import source_sentences
 from cxr.errors import warn
 from cxr.predictions import predicted_classes
 from cxr.proportions import format_interval
 from cxr.sentences import number_label, sections, summary_rows, warnings_of
-from cxr.source_sentences import print_sources
 
 
 def print_report(report, predictions):
@@ -59,6 +59,41 @@ def print_scores(report):
     print(f"\n{'':{width}}{f'predicted {negative}':>{width}}{f'predicted {positive}':>{width}}")
     print(f"{f'true {negative}':{width}}{counts['tn']:>{width}}{counts['fp']:>{width}}")
     print(f"{f'true {positive}':{width}}{counts['fn']:>{width}}{counts['tp']:>{width}}\n")
+
+
+def print_sources(report):
+    """Prints the sources side by side, and how much local images would help."""
+    sources, (_, positive) = report["also"], report["classes"]
+    print("Sources, with the same model and threshold:")
+    for source in sources:
+        print(f"  {source['name']}: {source['data']}")
+    print_table(sources, positive)
+    headlines = [source_sentences.headline(source, sources[0]) for source in sources[1:]]
+    for line in source_sentences.notes(sources) + headlines:
+        print(f"  {line}")
+    print(f"{source_sentences.LOCAL_TITLE}:\n  {source_sentences.LOCAL_METHOD}")
+    for source in sources[1:]:
+        if source["local_data"]:
+            header = source["name"], "accuracy", "Brier score"
+            for row in [header, *source_sentences.local_rows(source["local_data"])]:
+                print("  {:24} {:24} {}".format(*row))
+        for line in source_sentences.local_notes(source):
+            print(f"  {line}")
+
+
+def print_table(sources, positive):
+    """Prints a column for each source, and below each score the differences to the first one."""
+    width = max(26, *(len(source["name"]) for source in sources))
+
+    def print_row(label, texts):
+        print(f"  {label:31} ", "  ".join(f"{text:{width}}" for text in texts).rstrip())
+
+    print_row("", [source["name"] for source in sources])
+    for label, cells in source_sentences.table_rows(sources, positive):
+        print_row(label, [text for _, text, _ in cells])
+        differences = [difference for _, _, difference in cells]
+        if any(differences):
+            print_row("  difference", differences)
 
 
 def print_predictions(predictions, threshold, classes):

@@ -82,6 +82,12 @@ def rough_line(report):
     return f"fewer than {ROUGH_BELOW} patients in a class, so the intervals are rough"
 
 
+def only_a_look(kinds, what):
+    """Says that drawn images or random weights make no result. kinds: these, as a list of texts."""
+    kinds = " and ".join(kinds).capitalize()
+    return f"{kinds}: this page shows what {what}, not how good the method is."
+
+
 def number_label(number):
     """Returns how the page and the files show the number of an image."""
     return f"no. {number}"

@@ -5,6 +5,7 @@ A source is an entry of report["also"], which cxr/also.py makes; the first one i
 
 from cxr.also import SCORES
 from cxr.errors import either
+from cxr.folders import in_classes
 from cxr.local_data import DRAWS
 from cxr.proportions import FEW_PATIENTS, format_interval, format_number
 from cxr.sources import source_name
@@ -89,7 +90,7 @@ def other_sources_sentences(report):
     first, *others = report["also"]
     described = []
     for source in others:
-        patients = " and ".join(f"{n:,} {name}" for name, n in source["patients_by_class"].items())
+        patients = in_classes(source["patients_by_class"])
         text = f"{source['name']}: {source['n']:,} images of {patients} patients"
         if source["names_without_patient"] == source["n"]:
             text += " (patients unknown; each image counted as one)"
@@ -218,37 +219,3 @@ def local_notes(source):
     sizes = either([str(k) for k in local["left_out"]])
     reason = f"less than half of the {source['n']} images could remain"
     return [f"{name}: not measured with {sizes} local images, because {reason}"]
-
-
-def print_sources(report):
-    """Prints the sources side by side, and how much local images would help."""
-    sources, (_, positive) = report["also"], report["classes"]
-    print("Sources, with the same model and threshold:")
-    for source in sources:
-        print(f"  {source['name']}: {source['data']}")
-    print_table(sources, positive)
-    for line in notes(sources) + [headline(source, sources[0]) for source in sources[1:]]:
-        print(f"  {line}")
-    print(f"{LOCAL_TITLE}:\n  {LOCAL_METHOD}")
-    for source in sources[1:]:
-        if source["local_data"]:
-            header = source["name"], "accuracy", "Brier score"
-            for row in [header, *local_rows(source["local_data"])]:
-                print("  {:24} {:24} {}".format(*row))
-        for line in local_notes(source):
-            print(f"  {line}")
-
-
-def print_table(sources, positive):
-    """Prints a column for each source, and below each score the differences to the first one."""
-    width = max(26, *(len(source["name"]) for source in sources))
-
-    def print_row(label, texts):
-        print(f"  {label:31} ", "  ".join(f"{text:{width}}" for text in texts).rstrip())
-
-    print_row("", [source["name"] for source in sources])
-    for label, cells in table_rows(sources, positive):
-        print_row(label, [text for _, text, _ in cells])
-        differences = [difference for _, _, difference in cells]
-        if any(differences):
-            print_row("  difference", differences)

@@ -32,6 +32,14 @@ PICTURES = {f"{name}.png" for name in CURVES}
 TABLES = {"metrics.json", "methods.md", "predictions.csv", "report.html"}
 TINY = "--arch", "tinynet", "--weights", "random", "--views", "2"
 TINY_FAST = *TINY, "--lr", "0.1"
+EXTREME_TABLES = [  # (labels, probabilities) of few images, or of extreme values
+    ([0, 1], [0.2, 0.3]),
+    ([0, 1], [0.0, 1.0]),
+    ([0, 0, 1], [0.5, 0.5, 0.5]),
+    ([0, 1, 1], [1.0, 0.0, 0.0]),
+    ([0, 0, 0, 1, 1, 1, 1], [0.1, 0.24, 0.3, 0.61, 0.7, 0.83, 0.9]),
+    ([0] * 11 + [1] * 7, [0.1] * 11 + [0.9] * 7),
+]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
@@ -114,14 +122,14 @@ def extract(
     dtype=torch.float32,
     window=2.0,
     device="cpu",
-    see=None,
+    on_image=None,
     **flags,
 ):
     """Returns what common.extract_features does. flags: other values than these."""
     args = {"cache_dir": cache, "no_cache": cache is None, "feature_batch_size": 4, "workers": 0}
     args = Namespace(**{"skip_bad": False, **args, **flags})
     options = {"n_views": n_views, "window": window, "device": torch.device(device), "dtype": dtype}
-    return common.extract_features(backbone, xrays, args, see=see, **options)
+    return common.extract_features(backbone, xrays, args, on_image=on_image, **options)
 
 
 def computed(capsys):

@@ -186,21 +186,21 @@ def test_features_do_not_depend_on_the_other_images_of_the_batch(backbone, image
 def test_the_pass_uses_the_fast_copy_without_batchnorm(backbone, images, monkeypatch, watched):
     fuse = Mock(side_effect=common.fuse)
     monkeypatch.setattr(common, "fuse", fuse)
-    extract(backbone, images[:2], 1, see=Mock() if watched else None)
+    extract(backbone, images[:2], 1, on_image=Mock() if watched else None)
     fuse.assert_called_once()
 
 
 def test_the_pass_shows_each_image_that_it_decodes(backbone, images, tmp_path):
-    see = Mock()
-    extract(backbone, images[:2], 3, cache=tmp_path, see=see)
-    (first, _), (second, pixels) = (call.args for call in see.call_args_list)
+    on_image = Mock()
+    extract(backbone, images[:2], 3, cache=tmp_path, on_image=on_image)
+    (first, _), (second, pixels) = (call.args for call in on_image.call_args_list)
     assert [first, second] == images[:2]
     view, *_ = common.Views(images[:2], 3, 2.0)[1][1]
     assert np.array_equal(pixels, view[0])
-    see.reset_mock()
-    extract(backbone, images[:3], 3, cache=tmp_path, see=see)
-    assert see.call_args.args[0] == images[2]
-    see.assert_called_once()  # the first two images came from the cache
+    on_image.reset_mock()
+    extract(backbone, images[:3], 3, cache=tmp_path, on_image=on_image)
+    assert on_image.call_args.args[0] == images[2]
+    on_image.assert_called_once()  # the first two images came from the cache
 
 
 @pytest.mark.parametrize("n_views", [1, 3, 9])

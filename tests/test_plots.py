@@ -1,20 +1,10 @@
 """cxr/plots.py: the pictures of a report."""
 
 import pytest
-from helpers import PICTURES, TABLES, read_report, write_rows
+from helpers import EXTREME_TABLES, PICTURES, TABLES, read_report, write_rows
 
 
-@pytest.mark.parametrize(
-    ("labels", "probs"),
-    [
-        ([0, 1], [0.2, 0.3]),
-        ([0, 1], [0.0, 1.0]),
-        ([0, 0, 1], [0.5, 0.5, 0.5]),
-        ([0, 1, 1], [1.0, 0.0, 0.0]),
-        ([0, 0, 0, 1, 1, 1, 1], [0.1, 0.24, 0.3, 0.61, 0.7, 0.83, 0.9]),
-        ([0] * 11 + [1] * 7, [0.1] * 11 + [0.9] * 7),
-    ],
-)
+@pytest.mark.parametrize(("labels", "probs"), EXTREME_TABLES)
 def test_pictures_of_few_and_extreme_scores_are_drawn(labels, probs, pictures, tmp_path, rescore):
     status, folder = rescore(write_rows(tmp_path / "predictions.csv", labels, probs))
     assert status == 0

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torchmetrics.functional.classification as tm
+from helpers import EXTREME_TABLES
 from torch import from_numpy
 
 from cxr.predictions import as_arrays
@@ -78,18 +79,7 @@ def distance_to_curve(points, path):
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize(
-    ("labels", "probs"),
-    [
-        ([0, 1], [0.2, 0.3]),
-        ([0, 1], [0.0, 1.0]),
-        ([0, 0, 1], [0.5, 0.5, 0.5]),
-        ([0, 1, 1], [1.0, 0.0, 0.0]),
-        ([0, 0, 0, 1, 1, 1, 1], [0.1, 0.24, 0.3, 0.61, 0.7, 0.83, 0.9]),
-        ([0] * 11 + [1] * 7, [0.1] * 11 + [0.9] * 7),
-        draw_labels(200, 2),
-    ],
-)
+@pytest.mark.parametrize(("labels", "probs"), [*EXTREME_TABLES, draw_labels(200, 2)])
 def test_plots_of_few_and_extreme_scores_have_titles_and_no_colours(labels, probs):
     predictions, report = make_report(np.array(labels), probs)
     for draw in PLOTS:
